@@ -1,0 +1,67 @@
+# `make demo` and `make test` work from a fresh clone with Python >= 3.11 and nothing else.
+#
+# TORCH_SPEC and TORCH_INDEX say where PyTorch comes from; see README, "PyTorch without CUDA".
+#   TORCH_INDEX=auto   (default) the CPU index of PyTorch where no NVIDIA driver answers, pip's own
+#                      configuration elsewhere; falls back to pip's own if that index is unreachable
+#   TORCH_INDEX=       pip's own configuration: a GPU machine, or a machine with a local wheel folder
+#   TORCH_INDEX=URL    that index
+#   TORCH_SPEC         what is asked for, e.g. TORCH_SPEC='torch==2.13.0' or a path to a wheel
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?= auto
+TORCH_SPEC ?= torch==2.13.0
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+export FLWR_TELEMETRY_ENABLED := 0
+export FLWR_DISABLE_UPDATE_CHECK := 1
+export HF_HUB_OFFLINE := 1
+
+.PHONY: setup demo test test-slow lint types contracts proto proto-check check bench dist clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml
+	$(PYTHON) .ci/setup.py --venv $(VENV) --torch-index '$(TORCH_INDEX)' --torch-spec '$(TORCH_SPEC)'
+	@touch $@
+
+demo: $(STAMP)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/allograft demo $(ARGS)
+
+test: $(STAMP)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m "not slow and not gpu and not browser" $(ARGS)
+
+test-slow: $(STAMP)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m "slow and not gpu and not browser" $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+contracts: $(STAMP)
+	$(BIN)/lint-imports
+
+PROTO := protos/allograft/wire/v1/relay.proto
+
+proto: $(STAMP)
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m grpc_tools.protoc -I protos --python_out=federation \
+	  --grpc_python_out=federation --mypy_out=federation --mypy_grpc_out=federation $(PROTO)
+
+# The committed generated code must be what the committed .proto says.
+proto-check: proto
+	git diff --exit-code -- federation/allograft/wire
+
+check: lint types contracts proto-check
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks.$(NAME) $(ARGS)
+
+dist: $(STAMP)
+	$(BIN)/python -m pip wheel --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf $(VENV) dist build

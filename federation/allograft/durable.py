@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one way a file reaches the disk: whole, synced, or not at all.
+
+Invariant: after `durable_write` returns, the new content survives a power cut; if it raises or
+the process dies, the old content (or absence) is untouched.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import secrets
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+from allograft.errors import UnavailableError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+
+
+@contextlib.contextmanager
+def storage_errors(what: str) -> Iterator[None]:
+    """Turn a full or failing disk into AG-STO-001; other errors pass through.
+
+    Args:
+        what: What was being written, in words for the operator.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            reason = os.strerror(error.errno or 0)
+            raise UnavailableError("AG-STO-001", f"cannot write {what}: {reason}") from error
+        raise
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames inside a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def durable_file(path: Path, mode: int = 0o600) -> Iterator[IO[bytes]]:
+    """Open a file for writing that replaces `path` only when the block ends without error.
+
+    The temporary file lives in the same directory, so the final rename stays on one file system.
+
+    Raises:
+        UnavailableError: AG-STO-001 when the disk is full or fails.
+    """
+    with storage_errors(path.name):
+        temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, mode)
+        try:
+            with os.fdopen(descriptor, "wb") as handle:
+                yield handle
+                handle.flush()
+                os.fsync(handle.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        sync_directory(path.parent)
+
+
+def durable_write(path: Path, content: bytes, mode: int = 0o600) -> None:
+    """Replace a file's content, durably and atomically.
+
+    Raises:
+        UnavailableError: AG-STO-001 when the disk is full or fails.
+    """
+    with durable_file(path, mode) as handle:
+        handle.write(content)
+
+
+def lock_directory(path: Path) -> Callable[[], None]:
+    """Take the exclusive lock of a state directory for the life of this process.
+
+    Returns:
+        A function that releases the lock.
+
+    Raises:
+        UnavailableError: AG-STO-002 when another process holds it.
+    """
+    descriptor = os.open(path / "daemon.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise UnavailableError("AG-STO-002", f"{path} is locked by another process") from error
+    return lambda: os.close(descriptor)

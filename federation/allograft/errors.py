@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every failure an operator can meet, as a small tree with stable codes.
+
+`AllograftError` has two families, so that retry logic is a type test:
+
+- `RejectedError`: the input, the peer or the policy is at fault. Never retried.
+- `UnavailableError`: network, disk or a missing process is at fault. Retried.
+
+Each code stands once in `CODES` with a title and a fix; `docs/errors/` has a page for it.
+Codes are never reused: scripts and audit logs depend on them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from types import MappingProxyType
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorCode:
+    """What a code means and what the person who meets it can do."""
+
+    title: str
+    fix: str
+
+
+class AllograftError(Exception):
+    """Base of both families.
+
+    Args:
+        code: A key of `CODES`, such as ``AG-PKT-004``.
+        cause: One line that says what was found. It may travel to peers and into logs, so it
+            never quotes payload bytes, keys or training text.
+    """
+
+    def __init__(self, code: str, cause: str) -> None:
+        super().__init__(f"{code}: {cause}")
+        self.code = code
+        self.cause = cause
+        self.fix = CODES[code].fix
+
+
+class RejectedError(AllograftError):
+    """The input, the peer or the policy is at fault; trying again changes nothing."""
+
+
+class UnavailableError(AllograftError):
+    """Something needed is not there now; the caller may try again."""
+
+
+CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
+    {
+        # --- AG-IN: files and arguments a person gave us ---
+        "AG-IN-001": ErrorCode(
+            "a JSON document is malformed",
+            "Ask its author for a fresh copy; the format is strict JSON without duplicate keys.",
+        ),
+        "AG-IN-002": ErrorCode(
+            "a document is larger than its limit",
+            "The limits are listed in protos/spec; a larger document is never read.",
+        ),
+        "AG-IN-003": ErrorCode(
+            "a field is missing, unknown or of the wrong type",
+            "Compare the document with its page in protos/spec.",
+        ),
+        # --- AG-STO: local storage ---
+        "AG-STO-001": ErrorCode(
+            "the disk is full or refuses writes",
+            "Free space on the volume of the state directory; the operation resumes by itself.",
+        ),
+        "AG-STO-002": ErrorCode(
+            "another daemon already uses this state directory",
+            "Stop the other daemon or give this one its own --state directory.",
+        ),
+        "AG-STO-003": ErrorCode(
+            "the state directory is missing or incomplete",
+            "Run the init command for this directory first.",
+        ),
+        # --- AG-KEY, AG-SIG, AG-SEA: keys, signatures, sealing ---
+        "AG-KEY-001": ErrorCode(
+            "a key is malformed or of the wrong type",
+            "Use the key files that the init command made; keys are never edited by hand.",
+        ),
+        "AG-KEY-002": ErrorCode(
+            "a signature does not fit its key",
+            "Ask the sender again; if it persists, the document was changed on its way.",
+        ),
+        "AG-KEY-003": ErrorCode(
+            "an Ed25519 key is unusable (not canonical, or of small order)",
+            "The key's owner must make a fresh one; such a key lets its owner deny signatures.",
+        ),
+        "AG-SIG-001": ErrorCode(
+            "a signed envelope is malformed",
+            "Ask its author for a fresh copy; see protos/spec/packet.md for the format.",
+        ),
+        "AG-SIG-002": ErrorCode(
+            "a signed envelope is of another type than expected",
+            "Check which file was given; signatures of one type never count for another.",
+        ),
+        "AG-SIG-003": ErrorCode(
+            "too few valid signatures by known keys",
+            "Refresh the roster; if the signer is in it, the document was changed.",
+        ),
+        # --- AG-RLY: relay between coordinator and sites ---
+        "AG-RLY-001": ErrorCode(
+            "a relay frame is malformed",
+            "Check that both sides run the same minor version of allograft.",
+        ),
+        "AG-RLY-002": ErrorCode(
+            "a relay frame is not signed by the peer it names",
+            "Refresh the roster; if it persists, the transport is being tampered with.",
+        ),
+        "AG-RLY-003": ErrorCode(
+            "a relay frame is addressed to someone else or answers another call",
+            "Nothing to do here: the frame was dropped. Repeated cases point to a misrouting peer.",
+        ),
+        "AG-RLY-004": ErrorCode(
+            "a relay frame is too old or from the future",
+            "Check the clocks of both machines; frames are valid for one hour.",
+        ),
+        "AG-RLY-005": ErrorCode(
+            "a part does not match its announced digest",
+            "Nothing to do here: the part is fetched again.",
+        ),
+        "AG-RLY-006": ErrorCode(
+            "an item was announced that may not be sent in this direction or is over its limits",
+            "Check the size of the packet against the limits in protos/spec/relay.md.",
+        ),
+    }
+)
