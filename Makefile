@@ -1,15 +1,15 @@
 # `make demo` and `make test` work from a fresh clone with Python >= 3.11 and nothing else.
 #
 # TORCH_SPEC and TORCH_INDEX say where PyTorch comes from; see README, "PyTorch without CUDA".
-#   TORCH_INDEX=auto   (default) the CPU index of PyTorch where no NVIDIA driver answers, pip's own
-#                      configuration elsewhere; falls back to pip's own if that index is unreachable
+#   TORCH_INDEX=auto   (default) on Linux without an NVIDIA driver: a local wheel folder known to pip
+#                      if it has a build, else PyTorch's CPU index; elsewhere pip's own configuration
 #   TORCH_INDEX=       pip's own configuration: a GPU machine, or a machine with a local wheel folder
 #   TORCH_INDEX=URL    that index
 #   TORCH_SPEC         what is asked for, e.g. TORCH_SPEC='torch==2.13.0' or a path to a wheel
 PYTHON ?= python3
 VENV ?= .venv
 TORCH_INDEX ?= auto
-TORCH_SPEC ?= torch==2.13.0
+TORCH_SPEC ?= torch>=2.6
 ARGS ?=
 
 BIN := $(VENV)/bin

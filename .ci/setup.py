@@ -21,31 +21,35 @@ CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 def has_gpu() -> bool:
     """Whether an NVIDIA driver answers on this machine."""
     program = shutil.which("nvidia-smi")
-    return program is not None and subprocess.run([program, "-L"], capture_output=True).returncode == 0
+    if program is None:
+        return False
+    return subprocess.run([program, "-L"], capture_output=True, check=False).returncode == 0
 
 
 def install(python: Path, *arguments: str) -> bool:
     """Run pip in the new environment; False when it fails."""
     command = [str(python), "-m", "pip", "install", "--disable-pip-version-check", *arguments]
-    print("+", " ".join(command), flush=True)
-    return subprocess.run(command).returncode == 0
+    print("+ pip install", *arguments, flush=True)
+    return subprocess.run(command, check=False).returncode == 0
 
 
 def install_torch(python: Path, spec: str, index: str) -> None:
     """Install PyTorch from the chosen place, before anything else can pull its CUDA build."""
-    cpu_only = index == "auto" and not has_gpu()
-    attempts = [["--index-url", index, spec]] if index not in {"", "auto"} else [[spec]]
-    if cpu_only:
-        # pip's own configuration comes first only if it offers a CPU build without a download
-        # from an index: a local wheel directory (find-links).
-        attempts = [["--no-index", "--no-deps", spec], ["--index-url", CPU_INDEX, spec], [spec]]
+    if index not in {"", "auto"}:
+        attempts = [["--index-url", index, spec]]
+    elif index == "" or has_gpu() or sys.platform != "linux":
+        attempts = [[spec]]  # the platform's own build is the right one, or the person chose
+    else:
+        # A wheel in a local directory (pip's find-links) needs no download at all; then the CPU
+        # index. Never pip's default index: on Linux that is the CUDA build.
+        attempts = [["--no-index", "--no-deps", spec], ["--index-url", CPU_INDEX, spec]]
     for attempt in attempts:
         if install(python, "--quiet", *attempt):
             return
     sys.exit(
         f"allograft: error: cannot install {spec}\n"
-        "allograft: hint: give TORCH_SPEC (a version or a wheel file) and TORCH_INDEX (an index URL, "
-        "or empty for pip's own configuration); see README, PyTorch without CUDA"
+        "allograft: hint: give TORCH_SPEC (a version or a wheel file) and TORCH_INDEX (an index "
+        "URL, or empty for pip's own configuration); see README, PyTorch without CUDA"
     )
 
 
@@ -57,8 +61,10 @@ def main() -> None:
     parser.add_argument("--torch-spec", default="torch")
     options = parser.parse_args()
     if sys.version_info < (3, 11):  # noqa: UP036  (this file runs before anything checks it)
-        sys.exit("allograft: error: Python 3.11 or newer is needed\n"
-                 "allograft: hint: make PYTHON=/path/to/python3.11 ...")
+        sys.exit(
+            "allograft: error: Python 3.11 or newer is needed\n"
+            "allograft: hint: make PYTHON=/path/to/python3.11 ..."
+        )
     python = options.venv / "bin" / "python"
     if not python.exists():
         venv.create(options.venv, with_pip=True)
