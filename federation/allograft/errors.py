@@ -126,5 +126,97 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
             "an item was announced that may not be sent in this direction or is over its limits",
             "Check the size of the packet against the limits in protos/spec/relay.md.",
         ),
+        # --- AG-PRV: privacy policy, modes, gates, release and egress ---
+        "AG-PRV-001": ErrorCode(
+            "there is no policy file, so nothing leaves and nothing attaches",
+            "Write policy.toml in the state directory; client/README.md has a commented example.",
+        ),
+        "AG-PRV-002": ErrorCode(
+            "the policy file is unreadable or malformed, so nothing leaves and nothing attaches",
+            "Correct the named field of policy.toml; unknown fields are refused on purpose.",
+        ),
+        "AG-PRV-003": ErrorCode(
+            "the site's policy does not allow this donation",
+            "Change the [donate] section of policy.toml, if the site decides so.",
+        ),
+        "AG-PRV-004": ErrorCode(
+            "the site's policy does not allow this recipient",
+            "Add the site to donate.recipients in policy.toml, if the site decides so.",
+        ),
+        "AG-PRV-005": ErrorCode(
+            "the site's policy does not allow this packet to be received",
+            "Change the [receive] section of policy.toml, if the site decides so.",
+        ),
+        "AG-PRV-010": ErrorCode(
+            "the privacy mode is unknown",
+            "Use one of: open, measured, strict.",
+        ),
+        "AG-PRV-011": ErrorCode(
+            "the privacy mode is not available yet",
+            "Only open works in this version, and only for public or synthetic data; "
+            "do not donate from private data until strict or measured is available.",
+        ),
+        "AG-PRV-012": ErrorCode(
+            "the open mode lacks a declaration that the data is public or synthetic",
+            "State what the data is (public or synthetic) and which role declares it.",
+        ),
+        "AG-PRV-020": ErrorCode(
+            "a release gate is missing, failed or could not be judged",
+            "Read the gate's reason with `allograft-site packet show`; nothing has left the site.",
+        ),
+        "AG-PRV-021": ErrorCode(
+            "text that would leave the site looks like an identifier",
+            "Rewrite the named field without names, numbers, dates or addresses of people.",
+        ),
+        "AG-PRV-030": ErrorCode(
+            "a dossier or approval is malformed or belongs to something else",
+            "Build the packet again; a dossier fits one packet, one payload and one policy.",
+        ),
+        "AG-PRV-031": ErrorCode(
+            "an approval that the policy requires is missing",
+            "Let the named role approve with `allograft-site approve PACKET --role ROLE`.",
+        ),
+        "AG-PRV-032": ErrorCode(
+            "the payload is not the one that was approved",
+            "Build the packet again and have it approved; an approved payload is never changed.",
+        ),
+        "AG-PRV-040": ErrorCode(
+            "the payload holds something that its kind and base do not allow",
+            "Use the recipe's own output; other tensors, shapes, files and metadata never leave.",
+        ),
+        "AG-PRV-041": ErrorCode(
+            "the payload holds values that are not finite or far out of range",
+            "The training diverged: lower the learning rate and train again.",
+        ),
+        "AG-PRV-042": ErrorCode(
+            "the base model's tensors cannot be listed",
+            "Give a local model directory with config.json and safetensors files.",
+        ),
+        # --- AG-EVA: evaluation, trial and gate at the recipient ---
+        "AG-EVA-001": ErrorCode(
+            "there are too few documents to judge a packet",
+            "Give the model more held-out and retention documents; duplicates count once.",
+        ),
+        "AG-EVA-002": ErrorCode(
+            "the model's loss on a document is not a finite number",
+            "Check the model by itself first; with a packet attached, the packet is refused.",
+        ),
+        "AG-EVA-003": ErrorCode(
+            "detaching did not restore the model bit for bit",
+            "Reload the model from disk before use, and report the recipe: this is a defect.",
+        ),
+        "AG-EVA-004": ErrorCode(
+            "a trial report is malformed",
+            "Run the trial again; reports are written by the trial only.",
+        ),
+        # --- AG-DEM: text and models of the demo ---
+        "AG-DEM-001": ErrorCode(
+            "a text file given to the demo is unusable",
+            "Give UTF-8 text or JSONL with a `text` field, at least a few hundred documents.",
+        ),
+        "AG-DEM-002": ErrorCode(
+            "the base model given to the demo is unusable",
+            "Give a local directory of a causal language model with its tokenizer.",
+        ),
     }
 )
