@@ -18,7 +18,7 @@ export FLWR_TELEMETRY_ENABLED := 0
 export FLWR_DISABLE_UPDATE_CHECK := 1
 export HF_HUB_OFFLINE := 1
 
-.PHONY: setup demo test test-slow lint types contracts proto proto-check check bench dist clean
+.PHONY: setup demo test test-slow lint types contracts proto proto-check check error-pages bench dist clean
 
 setup: $(STAMP)
 
@@ -54,6 +54,9 @@ proto: $(STAMP)
 # The committed generated code must be what the committed .proto says.
 proto-check: proto
 	git diff --exit-code -- federation/allograft/wire
+
+error-pages: $(STAMP)
+	$(BIN)/python .ci/error_pages.py
 
 check: lint types contracts proto-check
 
