@@ -101,6 +101,23 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
             "too few valid signatures by known keys",
             "Refresh the roster; if the signer is in it, the document was changed.",
         ),
+        "AG-SEA-001": ErrorCode(
+            "a sealed file does not open",
+            "It was damaged, cut or bound to another packet; ask for the dispatch again.",
+        ),
+        "AG-SEA-002": ErrorCode(
+            "a key wrap does not open",
+            "The donor sealed for an older key of this site; publish the current roster and ask "
+            "for a new dispatch.",
+        ),
+        "AG-SEA-003": ErrorCode(
+            "a sealed file has another size than announced",
+            "Ask the donor for a new dispatch; if it persists, report the donor.",
+        ),
+        "AG-KEY-004": ErrorCode(
+            "a private key file can be read by others, or is not a plain file",
+            "Make it a regular file owned by this user with mode 0600 (chmod 600 FILE).",
+        ),
         # --- AG-RLY: relay between coordinator and sites ---
         "AG-RLY-001": ErrorCode(
             "a relay frame is malformed",

@@ -95,9 +95,7 @@ def _check_text(value: str) -> None:
         raise RejectedError("AG-IN-001", "a string holds a lone surrogate")
 
 
-def as_object(
-    value: Json, names: Iterable[str], optional: Iterable[str] = ()
-) -> dict[str, Json]:
+def as_object(value: Json, names: Iterable[str], optional: Iterable[str] = ()) -> dict[str, Json]:
     """The value as an object with exactly these names (and possibly the optional ones).
 
     Raises:

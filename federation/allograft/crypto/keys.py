@@ -218,9 +218,11 @@ def node_key_pem(public_openssh: str) -> str:
     Raises:
         RejectedError: AG-KEY-001.
     """
-    return _load_node_public(public_openssh).public_bytes(
-        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo
-    ).decode("ascii")
+    return (
+        _load_node_public(public_openssh)
+        .public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+        .decode("ascii")
+    )
 
 
 def verify_node_signature(public_openssh: str, signature: bytes, message: bytes) -> None:
