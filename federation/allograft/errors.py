@@ -118,6 +118,64 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
             "a private key file can be read by others, or is not a plain file",
             "Make it a regular file owned by this user with mode 0600 (chmod 600 FILE).",
         ),
+        # --- AG-SIT: the site daemon and its command line ---
+        "AG-SIT-001": ErrorCode(
+            "the site's settings are malformed",
+            "Correct site.toml in the state directory; `allograft-site init` shows a fresh one.",
+        ),
+        "AG-SIT-002": ErrorCode(
+            "a newer version of allograft wrote this state",
+            "Run the newer version; state is migrated forwards only.",
+        ),
+        "AG-SIT-003": ErrorCode(
+            "no model, packet or job of this name at this site",
+            "`allograft-site model list` and `allograft-site packets` show what there is.",
+        ),
+        "AG-SIT-004": ErrorCode(
+            "the packet is in a state that does not allow this",
+            "`allograft-site packet show ID` tells its state, the reason and its history.",
+        ),
+        "AG-SIT-005": ErrorCode(
+            "a process of another user called the courier socket",
+            "Run the SuperNode as the daemon's user, or list its uid under courier_uids.",
+        ),
+        "AG-SIT-006": ErrorCode(
+            "a Flower app other than the installed courier was refused",
+            "Nothing to do here: nothing of it ran. Ask the coordinator who submitted it.",
+        ),
+        "AG-SIT-007": ErrorCode(
+            "a worker process ended without a result",
+            "See the daemon's log for its last line; the job is tried again after a restart.",
+        ),
+        "AG-SIT-008": ErrorCode(
+            "the site has not joined a consortium",
+            "Send enrolment.json to the roster's keeper, then run `allograft-site join`.",
+        ),
+        "AG-SIT-009": ErrorCode(
+            "there is no policy file: nothing leaves and nothing attaches",
+            "Read policy.toml.example in the state directory and save your own as policy.toml.",
+        ),
+        "AG-SIT-010": ErrorCode(
+            "a dispatch was seen before",
+            "Nothing to do here: a packet is taken in once. The donor may dispatch it anew.",
+        ),
+        "AG-SIT-011": ErrorCode(
+            "the path of the courier socket is too long for the operating system",
+            "Use a state directory with a shorter path (the socket's path has 100 bytes at most).",
+        ),
+        "AG-SIT-012": ErrorCode(
+            "an item arrived that this site has no use for",
+            "Nothing to do here: it was dropped. Repeated cases point to a misrouting coordinator.",
+        ),
+        "AG-SIT-013": ErrorCode(
+            "the site is already initialised",
+            "Keys are never overwritten; choose another --state directory.",
+        ),
+        "AG-SIT-014": ErrorCode(
+            "a recipient may not get this packet",
+            "`allograft-site packet show ID` lists the coordinator's proposals and why others are "
+            "refused.",
+        ),
         # --- AG-RLY: relay between coordinator and sites ---
         "AG-RLY-001": ErrorCode(
             "a relay frame is malformed",
