@@ -201,6 +201,64 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
             "an item was announced that may not be sent in this direction or is over its limits",
             "Check the size of the packet against the limits in protos/spec/relay.md.",
         ),
+        # --- AG-RTE: cards, offers, routes, receipts, withdrawals ---
+        "AG-RTE-001": ErrorCode(
+            "a card, offer, route, receipt or withdrawal is malformed",
+            "Check that both sides run the same minor version of allograft.",
+        ),
+        "AG-RTE-002": ErrorCode(
+            "an offer or dispatch is past its end",
+            "Make the packet again with a later end, if it should still be delivered.",
+        ),
+        # --- AG-CRD: the coordinator ---
+        "AG-CRD-001": ErrorCode(
+            "the coordinator's configuration is malformed",
+            "Compare coordinator.toml with the one that `allograft-coordinator init` writes.",
+        ),
+        "AG-CRD-002": ErrorCode(
+            "the coordinator has no usable roster",
+            "Publish the roster and import it with `allograft-coordinator import-roster DIR`.",
+        ),
+        "AG-CRD-003": ErrorCode(
+            "a document was sent by another site than its author",
+            "Nothing to do here: the item was refused. Repeated cases point to a faulty site.",
+        ),
+        "AG-CRD-004": ErrorCode(
+            "an event does not belong to the document it came with",
+            "Nothing to do here: the item was refused. The sender must build it again.",
+        ),
+        "AG-CRD-005": ErrorCode(
+            "a dispatch does not fit the offer, its audience or the sealed files",
+            "The donor must dispatch again; see protos/spec/relay.md for what is compared.",
+        ),
+        "AG-CRD-006": ErrorCode(
+            "a receipt or withdrawal names a packet that its sender has no part in",
+            "Nothing to do here: the item was refused. Repeated cases point to a faulty site.",
+        ),
+        "AG-CRD-007": ErrorCode(
+            "the packet was withdrawn by its donor",
+            "Nothing to do here: a withdrawn packet is not delivered.",
+        ),
+        "AG-CRD-008": ErrorCode(
+            "the identifier of a packet or dispatch is already taken by another one",
+            "The donor must build the packet again; identifiers are never used twice.",
+        ),
+        "AG-CRD-010": ErrorCode(
+            "a Flower process does not start or stopped",
+            "Read run/*.log in the coordinator's state directory; the supervisor starts it again.",
+        ),
+        "AG-CRD-011": ErrorCode(
+            "the SuperLink refuses or does not answer a control call",
+            "Check that the private port in coordinator.toml is free; the call is made again.",
+        ),
+        "AG-CRD-012": ErrorCode(
+            "the coordinator's database was written by a newer version",
+            "Start the newer version again; a database is never migrated backwards.",
+        ),
+        "AG-CRD-013": ErrorCode(
+            "the coordinator's state directory already exists",
+            "Give another --state directory, or go on with the one that is there.",
+        ),
         # --- AG-PRV: privacy policy, modes, gates, release and egress ---
         "AG-PRV-001": ErrorCode(
             "there is no policy file, so nothing leaves and nothing attaches",
@@ -266,6 +324,85 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
         "AG-PRV-042": ErrorCode(
             "the base model's tensors cannot be listed",
             "Give a local model directory with config.json and safetensors files.",
+        ),
+        # --- AG-RCP: recipes, their training data and the stack of attachments ---
+        "AG-RCP-001": ErrorCode(
+            "no recipe for this kind of packet",
+            "Install the package that provides the kind and allow it in the site's policy.",
+        ),
+        "AG-RCP-002": ErrorCode(
+            "the facts of a packet are malformed or contradict each other",
+            "Ask the donor for a fresh packet; see protos/spec/recipes.md for the fields.",
+        ),
+        "AG-RCP-003": ErrorCode(
+            "a payload's tensors do not fit their facts or the base",
+            "Nothing was attached. Ask the donor which base the packet was made on.",
+        ),
+        "AG-RCP-004": ErrorCode(
+            "an attachment directory is incomplete or was changed",
+            "Fit the packet again; attachments are written by the site only.",
+        ),
+        "AG-RCP-010": ErrorCode(
+            "the packet was made on a model of another shape",
+            "Weights fit one architecture only; offers of knowledge packets can cross them.",
+        ),
+        "AG-RCP-011": ErrorCode(
+            "the packet was made with another tokenizer",
+            "Weights are bound to a tokenizer; use the model the donor names in its statement.",
+        ),
+        "AG-RCP-012": ErrorCode(
+            "the base differs and its lineage has not been tested",
+            "Compare the model with the statement's sketch first; the site daemon does so by itself.",
+        ),
+        "AG-RCP-013": ErrorCode(
+            "the base has the same shape but another lineage",
+            "Nothing can be done: a copied change does harm on an independently trained model.",
+        ),
+        "AG-RCP-020": ErrorCode(
+            "the model family is unknown, or its blocks depend on their position",
+            "Use GPT-2, Llama, Qwen2, Qwen3, Mistral, Gemma 2 or Gemma 3 (text).",
+        ),
+        "AG-RCP-021": ErrorCode(
+            "an insertion position, a block count or a dose is out of range",
+            "Positions count the base's own blocks from 0; doses lie between 0 and 1.",
+        ),
+        "AG-RCP-022": ErrorCode(
+            "the model already carries attachments where a plain base is needed",
+            "Detach them, or load the base again.",
+        ),
+        "AG-RCP-023": ErrorCode(
+            "the attachment is not on this model, or already is",
+            "List the model's stack; each attachment can be attached once.",
+        ),
+        "AG-RCP-024": ErrorCode(
+            "this attachment cannot be exported in the format asked for",
+            "A PEFT directory holds one LoRA; export the rest as a merged snapshot.",
+        ),
+        "AG-RCP-030": ErrorCode(
+            "the training text is empty or too small",
+            "Give more documents, or shorter windows; near-duplicates count once.",
+        ),
+        "AG-RCP-031": ErrorCode(
+            "the training text is not readable",
+            "Give UTF-8 text, or JSON lines with `text`, `prompt`+`completion` or "
+            "`question`+`answer`; .gz is read too.",
+        ),
+        "AG-RCP-032": ErrorCode(
+            "the model directory is not usable",
+            "Give a local transformers directory with config.json, tokenizer files and "
+            "safetensors weights; pickled weights and remote code are never loaded.",
+        ),
+        "AG-RCP-033": ErrorCode(
+            "the training diverged: a loss or gradient is not a finite number",
+            "Lower the learning rate or lengthen the warm-up and train again.",
+        ),
+        "AG-RCP-034": ErrorCode(
+            "a training snapshot belongs to another run",
+            "Remove the job's work directory, or resume with the plan and data it was made with.",
+        ),
+        "AG-RCP-035": ErrorCode(
+            "a training plan is out of range",
+            "Check steps, batch size, learning rate and window length.",
         ),
         # --- AG-EVA: evaluation, trial and gate at the recipient ---
         "AG-EVA-001": ErrorCode(

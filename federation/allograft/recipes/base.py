@@ -1,0 +1,342 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every recipe is: five verbs, the values between them, and the registry of kinds.
+
+A recipe makes one kind of packet at the donor (`extract`), judges it by its statement before the
+payload is opened (`check`), turns the opened payload into an attachment for one model (`fit`), and
+puts that on the model and takes it off again (`attach`, `detach`). Detaching is bit-exact.
+
+This module imports no tensor library, so that statements can be read and checked without one.
+A packet names a kind; it never names code. See protos/spec/recipes.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from allograft.crypto import canonical
+from allograft.errors import RejectedError
+
+if TYPE_CHECKING:
+    import torch
+
+    from allograft.recipes.loop import LoopPlan, Step
+    from allograft.recipes.text import Windows
+
+#: Kinds that ship with this package. A site's policy may allow more, by the name of an installed
+#: entry point; a packet can only choose among the allowed ones.
+BUILT_IN_KINDS = frozenset({"organ", "lora"})
+
+#: Doses that the gate tries. Half a dose kept two thirds of the gain at a fifth of the harm to
+#: general text in our measurements, so a full dose is never the only candidate.
+DOSES = (0.25, 0.5, 1.0)
+
+#: Mean cosine of sketched tensors above which two bases count as one lineage. Measured: .996 for a
+#: continued base, at most .02 for an independent seed; anything between is unusual.
+LINEAGE_COSINE = 0.9
+
+Level = Literal["exact", "lineage", "refuse"]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """Everything about a base that inserted blocks or patched matrices must agree with.
+
+    `rope` is the canonical JSON of the rotary parameters (empty for learned positions): blocks
+    carry no positions of their own, so a different rotation silently changes what they attend to.
+    """
+
+    family: str
+    hidden: int
+    layers: int
+    vocab: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    rope: str
+    layer_types: tuple[str, ...]
+
+    def to_json(self) -> dict[str, canonical.Json]:
+        """The shape as a JSON object."""
+        return {
+            "family": self.family,
+            "hidden": self.hidden,
+            "layers": self.layers,
+            "vocab": self.vocab,
+            "heads": self.heads,
+            "kv_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "intermediate": self.intermediate,
+            "rope": self.rope,
+            "layer_types": list(self.layer_types),
+        }
+
+    @classmethod
+    def from_json(cls, value: canonical.Json) -> ModelShape:
+        """Read a shape.
+
+        Raises:
+            RejectedError: AG-IN-003.
+        """
+        names = cls.__dataclass_fields__.keys()
+        fields = canonical.as_object(value, names)
+        types = canonical.as_list(fields["layer_types"])
+        return cls(
+            family=canonical.as_text(fields["family"]),
+            hidden=canonical.as_int(fields["hidden"]),
+            layers=canonical.as_int(fields["layers"]),
+            vocab=canonical.as_int(fields["vocab"]),
+            heads=canonical.as_int(fields["heads"]),
+            kv_heads=canonical.as_int(fields["kv_heads"]),
+            head_dim=canonical.as_int(fields["head_dim"]),
+            intermediate=canonical.as_int(fields["intermediate"]),
+            rope=canonical.as_text(fields["rope"]),
+            layer_types=tuple(canonical.as_text(entry) for entry in types),
+        )
+
+
+class Facts(Protocol):
+    """Kind-specific, typed facts that go into the signed packet statement."""
+
+    @property
+    def shape(self) -> ModelShape:
+        """The base the packet was made on."""
+        ...
+
+    def to_json(self) -> dict[str, canonical.Json]:
+        """The facts as a JSON object, for the statement."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Donor:
+    """What `extract` works on.
+
+    `model` is a plain transformers causal model without attachments; training leaves its own
+    weights untouched. `workdir` is private to this job: it holds resumable training snapshots and
+    possibly cached activations of private text, and receives the payload files.
+    """
+
+    model: Any
+    windows: Windows
+    workdir: Path
+    progress: Callable[[Step], None] | None = None
+    ram_bytes: int = 1 << 30  # ceiling for cached activations in memory
+    disk_bytes: int = 16 << 30  # ceiling for cached activations in a file under workdir
+
+
+@dataclass(frozen=True, slots=True)
+class OrganPlan:
+    """Where an organ's blocks come from and where they go; None lets the recipe choose."""
+
+    blocks: int = 2
+    source: int | None = None
+    position: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LoraPlan:
+    """Rank, scale and the linear modules of each block that receive a low-rank change.
+
+    No targets means all linear modules of the family's blocks.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    target_modules: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How to train: one kind's choices and the loop's."""
+
+    recipe: OrganPlan | LoraPlan
+    loop: LoopPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Extract:
+    """What a donor's training produced: payload files and facts for the statement.
+
+    `report` holds figures for people and for the provenance statement (losses, seconds, cache).
+    """
+
+    kind: str
+    files: tuple[Path, ...]
+    facts: Facts
+    report: Mapping[str, canonical.Json]
+
+
+@dataclass(frozen=True, slots=True)
+class Declaration:
+    """The part of a verified packet statement that `check` reads."""
+
+    kind: str
+    base_weights_digest: str
+    tokenizer_digest: str
+    facts: Mapping[str, canonical.Json]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """What `check` may know about the recipient's model.
+
+    `lineage_cosine` is the recipient's own comparison of its weights with the statement's sealed
+    sketch; None means that nobody has compared yet, and then only an equal digest is accepted.
+    """
+
+    weights_digest: str
+    tokenizer_digest: str
+    shape: ModelShape
+    lineage_cosine: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether a packet may be opened for a model, and why (not).
+
+    `code` is an error code for a refusal and empty otherwise. `needs` lists what the recipient
+    must supply: `validation_text`, `retention_text`, or `lineage_test` when only that is missing.
+    """
+
+    level: Level
+    reason: str
+    code: str = ""
+    numbers: Mapping[str, float] = field(default_factory=dict)
+    needs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """An opened, digest-checked payload directory with the facts from its statement."""
+
+    kind: str
+    directory: Path
+    facts: Mapping[str, canonical.Json]
+
+
+@dataclass(frozen=True, slots=True)
+class Recipient:
+    """The model that `fit` prepares an attachment for."""
+
+    model: Any
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Attachment:
+    """A fitted packet: tensors that fit one model, and the dose at which they act.
+
+    Change the dose with `dataclasses.replace(attachment, dose=0.5)`. `attachment_id` is the packet
+    id where there is one; two attachments of one model never share it.
+    """
+
+    kind: str
+    attachment_id: str
+    facts: Facts
+    tensors: Mapping[str, torch.Tensor]
+    dose: float = 1.0
+    doses: tuple[float, ...] = DOSES
+    report: Mapping[str, canonical.Json] = field(default_factory=dict)
+
+
+class Handle(Protocol):
+    """An attachment at work on a model, as `attach` returned it."""
+
+    @property
+    def attachment(self) -> Attachment:
+        """What was attached, at its present dose."""
+        ...
+
+    @property
+    def model(self) -> Any:
+        """The model it was attached to."""
+        ...
+
+    def set_dose(self, dose: float) -> None:
+        """Change the dose in place, without detaching; 0 is exactly the model without it."""
+        ...
+
+
+class Recipe(Protocol):
+    """The five verbs of one kind of packet."""
+
+    kind: str
+
+    def extract(self, donor: Donor, plan: Plan) -> Extract:
+        """Train at the donor; write the payload and return it with its facts."""
+        ...
+
+    def check(self, statement: Declaration, model_card: ModelCard) -> Verdict:
+        """Judge a statement against a model, before the payload is opened."""
+        ...
+
+    def fit(self, payload: Payload, recipient: Recipient) -> Attachment:
+        """Read the payload strictly against the recipient's model."""
+        ...
+
+    def attach(self, attachment: Attachment, model: Any) -> Handle:
+        """Put an attachment on a model at the attachment's dose."""
+        ...
+
+    def detach(self, handle: Handle) -> None:
+        """Take it off; the model's state is then bit-equal to never having had it."""
+        ...
+
+
+def load_recipe(kind: str, allowed: frozenset[str] = BUILT_IN_KINDS) -> Recipe:
+    """The recipe of a kind.
+
+    The kind may come from a packet, hence the allow-list: it selects among entry points that the
+    operator installed *and* allowed, and is never used as a module path.
+
+    Raises:
+        RejectedError: AG-RCP-001 if the kind is not allowed or no installed package provides it.
+    """
+    if kind not in allowed:
+        raise RejectedError("AG-RCP-001", f"kind {kind[:40]!r} is not in this site's allow-list")
+    found = [entry for entry in entry_points(group="allograft.recipes") if entry.name == kind]
+    if len(found) != 1:
+        raise RejectedError("AG-RCP-001", f"{len(found)} installed packages provide kind {kind!r}")
+    recipe: Recipe = found[0].load()()
+    if recipe.kind != kind:
+        raise RejectedError("AG-RCP-001", f"the recipe registered for {kind!r} is of another kind")
+    return recipe
+
+
+def check_base(statement: Declaration, facts: Facts, card: ModelCard) -> Verdict:
+    """The rule that all weight-carrying kinds share: one base, or one lineage, or nothing.
+
+    Equal shapes prove nothing: on an independent seed of the same architecture a copied change
+    recovered 0 % of its gain, and pasted blocks did harm. So shape is necessary, never sufficient.
+    """
+    needs = ("validation_text", "retention_text")
+    difference = _difference(facts.shape, card.shape)
+    if difference:
+        return Verdict("refuse", f"the models differ in {difference}", "AG-RCP-010")
+    if statement.tokenizer_digest != card.tokenizer_digest:
+        return Verdict("refuse", "the models differ in their tokenizer", "AG-RCP-011")
+    if statement.base_weights_digest == card.weights_digest:
+        return Verdict("exact", "made on exactly this base", needs=needs)
+    cosine = card.lineage_cosine
+    if cosine is None:
+        reason = "another snapshot of this shape, and its lineage has not been tested"
+        return Verdict("refuse", reason, "AG-RCP-012", needs=("lineage_test",))
+    numbers = {"lineage_cosine": cosine, "threshold": LINEAGE_COSINE}
+    # Written so that NaN refuses.
+    if not cosine >= LINEAGE_COSINE:
+        reason = f"same shape, other lineage (cosine {cosine:.3f} < {LINEAGE_COSINE})"
+        return Verdict("refuse", reason, "AG-RCP-013", numbers)
+    return Verdict("lineage", "a relative of the base it was made on", "", numbers, needs)
+
+
+def _difference(ours: ModelShape, theirs: ModelShape) -> str:
+    """Name the first field in which two shapes differ, or nothing."""
+    for name in ModelShape.__dataclass_fields__:
+        if getattr(ours, name) != getattr(theirs, name):
+            return name
+    return ""
