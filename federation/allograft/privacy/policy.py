@@ -1,0 +1,220 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The site's policy: what may leave, what may come in, what a receipt tells.
+
+Invariant: everything not allowed in the file is forbidden. A missing file, an unknown field or a
+wrong type refuses the whole policy, and an absent section allows nothing. The digest covers the
+file's bytes, so a dossier names exactly the rules it was judged by.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from allograft.crypto import canonical
+from allograft.errors import RejectedError
+from allograft.limits import LIMITS
+
+#: Stands for every site of the roster in `recipients` and `donors`.
+ANY_SITE = "*"
+
+_FILE_BYTES = 64 << 10
+
+SiteName = Annotated[str, StringConstraints(pattern=r"^(\*|[a-z0-9][a-z0-9-]{0,62})$")]
+Role = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]{0,62}$")]
+Kind = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
+ModeName = Literal["open", "measured", "strict"]
+Permission = Literal["merge", "distil", "redonate"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class DonatePolicy(_Section):
+    """What may leave this site, and who must agree.
+
+    Attributes:
+        modes: Privacy modes under which a packet may be made.
+        kinds: Kinds of packets that may be made.
+        recipients: Sites a packet may be sealed to; `*` for every site of the roster.
+        approvals: Roles that must each approve a packet before it is sealed.
+        dispatch: `automatic` seals for every routed recipient this policy allows; `manual`
+            waits for an operator.
+        max_payload_bytes: Largest payload that may leave.
+        wire_dtype: Number format of the tensors that leave. `bf16` with stochastic rounding
+            destroys what could hide in the low bits of 32-bit weights; `f32` keeps them.
+    """
+
+    modes: tuple[ModeName, ...] = Field(default=(), strict=False)
+    kinds: tuple[Kind, ...] = Field(default=(), strict=False)
+    recipients: tuple[SiteName, ...] = Field(default=(), strict=False)
+    approvals: tuple[Role, ...] = Field(default=(), strict=False)
+    dispatch: Literal["automatic", "manual"] = "manual"
+    max_payload_bytes: int = Field(default=4 << 30, ge=0, le=LIMITS.packet_payload_bytes)
+    wire_dtype: Literal["bf16", "f32"] = "bf16"
+
+
+class ReceivePolicy(_Section):
+    """What may be tried and kept at this site.
+
+    Attributes:
+        donors: Sites whose packets are accepted; `*` for every site of the roster.
+        kinds: Kinds of packets that are accepted.
+        modes: Privacy modes under which an accepted packet was made.
+        automatic_trial: Try a verified packet without asking an operator.
+        automatic_keep: Keep a packet that passed its trial without asking an operator.
+        min_gain: The gain (nats per token) that the lower bound of its interval must exceed.
+        max_retention_loss: The worsening on retention text (nats per token) that the upper
+            bound of its interval may reach.
+        licence: Permissions that a packet must grant to be accepted.
+    """
+
+    donors: tuple[SiteName, ...] = Field(default=(), strict=False)
+    kinds: tuple[Kind, ...] = Field(default=(), strict=False)
+    modes: tuple[ModeName, ...] = Field(default=(), strict=False)
+    automatic_trial: bool = False
+    automatic_keep: bool = False
+    min_gain: float = Field(default=0.0, ge=0.0, le=100.0, allow_inf_nan=False)
+    max_retention_loss: float = Field(default=0.02, ge=0.0, le=100.0, allow_inf_nan=False)
+    licence: tuple[Permission, ...] = Field(default=(), strict=False)
+
+
+class ReceiptPolicy(_Section):
+    """What a receipt tells the donor beyond the outcome.
+
+    Attributes:
+        share_figures: Put gain and retention change into the receipt. They are measured on this
+            site's own data, so the default is no.
+    """
+
+    share_figures: bool = False
+
+
+class _File(_Section):
+    version: Literal[1]
+    donate: DonatePolicy = DonatePolicy()
+    receive: ReceivePolicy = ReceivePolicy()
+    receipt: ReceiptPolicy = ReceiptPolicy()
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A site's rules as read, with the SHA-256 (hex) of the file they came from."""
+
+    donate: DonatePolicy
+    receive: ReceivePolicy
+    receipt: ReceiptPolicy
+    digest: str
+
+    @property
+    def conditions_digest(self) -> str:
+        """SHA-256 (hex) of what gates and approvals of a donation rely on.
+
+        Recipients and dispatch are left out: they are judged afresh at every release, so adding
+        a recipient does not void what was approved.
+        """
+        conditions = self.donate.model_dump(mode="json", exclude={"recipients", "dispatch"})
+        return hashlib.sha256(canonical.dumps(conditions)).hexdigest()
+
+    def check_donation(self, mode: str, kind: str, payload_bytes: int = 0) -> None:
+        """Refuse a donation that the site does not make.
+
+        Raises:
+            RejectedError: AG-PRV-003.
+        """
+        if mode not in self.donate.modes:
+            raise RejectedError("AG-PRV-003", "the privacy mode is not in donate.modes")
+        if kind not in self.donate.kinds:
+            raise RejectedError("AG-PRV-003", "the kind is not in donate.kinds")
+        if payload_bytes > self.donate.max_payload_bytes:
+            raise RejectedError(
+                "AG-PRV-003",
+                f"payload of {payload_bytes} bytes, donate.max_payload_bytes is "
+                f"{self.donate.max_payload_bytes}",
+            )
+
+    def check_recipients(self, recipients: Iterable[str]) -> None:
+        """Refuse a dispatch to a site that is not named in the policy.
+
+        Raises:
+            RejectedError: AG-PRV-004.
+        """
+        if ANY_SITE in self.donate.recipients:
+            return
+        for site in recipients:
+            if site not in self.donate.recipients:
+                raise RejectedError("AG-PRV-004", f"{site[:64]} is not in donate.recipients")
+
+    def check_reception(self, offered: Reception) -> None:
+        """Refuse a packet that the site does not take.
+
+        Raises:
+            RejectedError: AG-PRV-005.
+        """
+        rules = self.receive
+        if ANY_SITE not in rules.donors and offered.donor not in rules.donors:
+            raise RejectedError("AG-PRV-005", "the donor is not in receive.donors")
+        if offered.kind not in rules.kinds:
+            raise RejectedError("AG-PRV-005", "the kind is not in receive.kinds")
+        if offered.mode not in rules.modes:
+            raise RejectedError("AG-PRV-005", "the privacy mode is not in receive.modes")
+        lacking = sorted(set(rules.licence) - offered.permissions)
+        if lacking:
+            raise RejectedError("AG-PRV-005", f"the packet does not permit: {', '.join(lacking)}")
+
+
+@dataclass(frozen=True, slots=True)
+class Reception:
+    """What a recipient's policy wants to know about a packet."""
+
+    donor: str
+    kind: str
+    mode: str
+    permissions: frozenset[str] = frozenset()
+
+
+def read_policy(path: Path) -> Policy:
+    """Read a site's policy file.
+
+    Raises:
+        RejectedError: AG-PRV-001 if there is no file, AG-PRV-002 if it cannot be read or holds
+            anything but a policy.
+    """
+    try:
+        with path.open("rb") as handle:
+            content = handle.read(_FILE_BYTES + 1)
+    except FileNotFoundError as error:
+        raise RejectedError("AG-PRV-001", f"{path.name} does not exist") from error
+    except OSError as error:
+        # Fail closed: a policy that cannot be read is refused, never skipped or retried around.
+        raise RejectedError("AG-PRV-002", f"{path.name}: {error.strerror}") from error
+    return parse_policy(content)
+
+
+def parse_policy(content: bytes) -> Policy:
+    """Read a policy from the bytes of its file.
+
+    Raises:
+        RejectedError: AG-PRV-002.
+    """
+    if len(content) > _FILE_BYTES:
+        raise RejectedError("AG-PRV-002", f"the file is larger than {_FILE_BYTES} bytes")
+    try:
+        fields = tomllib.loads(content.decode("utf-8"))
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+        raise RejectedError("AG-PRV-002", f"not UTF-8 TOML: {type(error).__name__}") from error
+    try:
+        file = _File.model_validate(fields)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        where = ".".join(str(step)[:64] for step in first["loc"]) or "the file"
+        raise RejectedError("AG-PRV-002", f"{where}: {first['msg']}") from error
+    digest = hashlib.sha256(content).hexdigest()
+    return Policy(file.donate, file.receive, file.receipt, digest)
