@@ -176,6 +176,111 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
             "`allograft-site packet show ID` lists the coordinator's proposals and why others are "
             "refused.",
         ),
+        # --- AG-PKT: packets, their files and their tensors ---
+        "AG-PKT-001": ErrorCode(
+            "a packet is of a kind that is not allowed",
+            "This version knows the kinds organ and lora; kinds are never loaded by name.",
+        ),
+        "AG-PKT-002": ErrorCode(
+            "a packet directory holds other files than its kind has",
+            "Remove what does not belong there; links and special files are never followed.",
+        ),
+        "AG-PKT-003": ErrorCode(
+            "a packet header is malformed",
+            "Ask the donor for a new dispatch; see protos/spec/packet.md for the format.",
+        ),
+        "AG-PKT-004": ErrorCode(
+            "a file of a packet is not the one that was signed",
+            "Ask for the dispatch again; if it persists, ask the donor for a new one.",
+        ),
+        "AG-PKT-005": ErrorCode(
+            "a packet is over a limit",
+            "The limits are listed in protos/spec/packet.md; make a smaller packet.",
+        ),
+        "AG-PKT-006": ErrorCode(
+            "the attestations of a packet are malformed, missing or doubled",
+            "Ask the donor for a new packet; every packet carries each attestation once.",
+        ),
+        "AG-PKT-007": ErrorCode(
+            "the model signature of a packet does not fit its payload",
+            "The payload was changed after it was signed; ask the donor for a new packet.",
+        ),
+        "AG-PKT-008": ErrorCode(
+            "a packet is not sealed for this site in this role",
+            "Ask the donor to dispatch it to this site; auditors can open the manifest only.",
+        ),
+        "AG-PKT-009": ErrorCode(
+            "the settings of an adapter are not allowed",
+            "Adapters have a rank, a scale and named linear modules, and nothing else.",
+        ),
+        "AG-PKT-010": ErrorCode(
+            "a tensor file is cut short",
+            "Make or fetch the file again.",
+        ),
+        "AG-PKT-011": ErrorCode(
+            "a tensor file's header is too large",
+            "Headers have at most 16 MiB and 100000 tensors.",
+        ),
+        "AG-PKT-012": ErrorCode(
+            "a tensor file's header is not strict JSON",
+            "Write the file again with the safetensors library, without metadata.",
+        ),
+        "AG-PKT-013": ErrorCode(
+            "a tensor file names a tensor twice",
+            "Such a file means different things to different readers; write it again.",
+        ),
+        "AG-PKT-014": ErrorCode(
+            "a tensor file carries metadata",
+            "Write the file without metadata: free text beside tensors never travels.",
+        ),
+        "AG-PKT-015": ErrorCode(
+            "a tensor name is not allowed",
+            "Names have letters, digits and . _ - / only, no '..', at most 256 characters.",
+        ),
+        "AG-PKT-016": ErrorCode(
+            "a tensor's element type is not allowed",
+            "Packets carry F32, BF16 and F16 only.",
+        ),
+        "AG-PKT-017": ErrorCode(
+            "a tensor's shape is not allowed",
+            "Shapes have at most 8 dimensions, none of them empty or negative.",
+        ),
+        "AG-PKT-018": ErrorCode(
+            "two tensors share bytes",
+            "Write the file again with the safetensors library.",
+        ),
+        "AG-PKT-019": ErrorCode(
+            "a tensor's offsets do not fit its shape",
+            "Write the file again with the safetensors library.",
+        ),
+        "AG-PKT-020": ErrorCode(
+            "a tensor file has bytes that belong to no tensor",
+            "Write the file again with the safetensors library.",
+        ),
+        "AG-PKT-021": ErrorCode(
+            "bytes follow the last tensor of a file",
+            "Write the file again with the safetensors library.",
+        ),
+        "AG-PKT-022": ErrorCode(
+            "a tensor holds NaN or infinite values",
+            "The training run diverged; look at its loss and train again.",
+        ),
+        "AG-PKT-023": ErrorCode(
+            "a tensor file does not hold the tensors that were agreed",
+            "Check that packet and base model belong together.",
+        ),
+        "AG-PKT-024": ErrorCode(
+            "a tensor file holds no tensors or too many",
+            "Files have between 1 and 100000 tensors.",
+        ),
+        "AG-PKT-025": ErrorCode(
+            "a tensor's header entry has other fields than dtype, shape and data_offsets",
+            "Write the file again with the safetensors library.",
+        ),
+        "AG-PKT-026": ErrorCode(
+            "a tensor file's header is not in canonical form",
+            "Write the file again with the safetensors library: other spellings could hide data.",
+        ),
         # --- AG-RLY: relay between coordinator and sites ---
         "AG-RLY-001": ErrorCode(
             "a relay frame is malformed",

@@ -1,0 +1,408 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Strict safetensors: the only tensor files that leave or enter a site.
+
+The format has two readers in the world, and where they disagree an attack fits in between. So
+this reader stands in front of the library and accepts one spelling only: what `write_tensors`
+writes, byte for byte. Each way of being wrong has its own code (AG-PKT-010 to -026).
+
+Invariant: no allocation grows with what a file claims; only with the checked header, and with one
+tensor at a time for `read_tensor`. Free of tensor libraries; bf16 is read as float32.
+See protos/spec/packet.md, "Tensors".
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import IO, Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from allograft.crypto import canonical
+from allograft.errors import RejectedError
+from allograft.limits import LIMITS
+
+Float32: TypeAlias = npt.NDArray[np.float32]
+
+#: Bytes per element, in the order in which the safetensors library lays dtypes out.
+DTYPE_BYTES = {
+    "F64": 8, "I64": 8, "U64": 8, "F32": 4, "U32": 4, "I32": 4, "BF16": 2, "F16": 2, "U16": 2,
+    "I16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+
+#: What a packet may carry. Integers could hide text; 8-bit floats are no format we train in.
+PACKET_DTYPES = frozenset({"F32", "BF16", "F16"})
+
+_NAME = re.compile(r"[A-Za-z0-9_.\-/]+")
+_LAYOUT = {name: place for place, name in enumerate(DTYPE_BYTES)}
+_ENTRY_FIELDS = {"dtype", "shape", "data_offsets"}
+_BLOCK = 1 << 20
+# Squares of one block are summed in single precision, which the next constant keeps accurate.
+_SUM = 1 << 14
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """How strict a reading is.
+
+    Attributes:
+        dtypes: Allowed element types.
+        only_our_spelling: Refuse metadata, empty tensors, and any header other than the one
+            `write_tensors` would write for the same tensors.
+    """
+
+    dtypes: frozenset[str]
+    only_our_spelling: bool
+
+
+#: For everything that crosses a site's border.
+PACKET_RULES = Rules(PACKET_DTYPES, only_our_spelling=True)
+#: For the site's own base models, as other tools wrote them.
+LOCAL_RULES = Rules(frozenset(DTYPE_BYTES), only_our_spelling=False)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor of a file; `offset` counts from the start of the file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class TensorTable:
+    """The checked header of a file, in the order of the data."""
+
+    entries: tuple[TensorEntry, ...]
+    header_bytes: int
+    file_bytes: int
+
+    def entry(self, name: str) -> TensorEntry:
+        """The entry of this name.
+
+        Raises:
+            RejectedError: AG-PKT-023 if there is none.
+        """
+        for entry in self.entries:
+            if entry.name == name:
+                return entry
+        raise RejectedError("AG-PKT-023", f"there is no tensor {name[:80]}")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFigures:
+    """What one pass over a tensor's values found."""
+
+    name: str
+    frobenius_norm: float
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedTensors:
+    """A file whose header and values were checked."""
+
+    table: TensorTable
+    figures: tuple[TensorFigures, ...]
+
+    @property
+    def frobenius_norm(self) -> float:
+        """The norm of all tensors together."""
+        return math.sqrt(math.fsum(f.frobenius_norm**2 for f in self.figures))
+
+
+@dataclass(frozen=True, slots=True)
+class RawTensor:
+    """A tensor to be written: its little-endian bytes and how to read them."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes | memoryview
+
+
+def read_table(handle: IO[bytes], rules: Rules = PACKET_RULES) -> TensorTable:
+    """Read and check a header; no value is read.
+
+    Raises:
+        RejectedError: AG-PKT-010 to -021 and -024 to -026, one per way of being wrong.
+    """
+    file_bytes = handle.seek(0, os.SEEK_END)
+    handle.seek(0)
+    header = _read_header(handle, file_bytes)
+    fields = _parse_header(header)
+    metadata = fields.pop("__metadata__", None)
+    if metadata is not None and rules.only_our_spelling:
+        raise RejectedError("AG-PKT-014", "the header carries metadata")
+    if not 1 <= len(fields) <= LIMITS.tensors:
+        raise RejectedError("AG-PKT-024", f"the file has {len(fields)} tensors")
+    start = 8 + len(header)
+    entries = sorted(
+        (_read_entry(name, value, start, rules) for name, value in fields.items()),
+        key=lambda entry: (entry.offset, entry.size_bytes),
+    )
+    _check_layout(entries, start, file_bytes)
+    if rules.only_our_spelling and header != _render_header(entries):
+        raise RejectedError("AG-PKT-026", "the header is not in its one canonical form")
+    return TensorTable(tuple(entries), len(header), file_bytes)
+
+
+def check_file(handle: IO[bytes], rules: Rules = PACKET_RULES) -> CheckedTensors:
+    """Check a whole file: its header, then every value.
+
+    Raises:
+        RejectedError: As `read_table`, and AG-PKT-022 for NaN and infinities.
+    """
+    table = read_table(handle, rules)
+    return CheckedTensors(table, tuple(_measure(handle, entry) for entry in table.entries))
+
+
+def check_shapes(table: TensorTable, expected: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+    """Compare a table with the names, dtypes and shapes that were agreed.
+
+    Raises:
+        RejectedError: AG-PKT-023 at the first difference.
+    """
+    found = {entry.name: (entry.dtype, entry.shape) for entry in table.entries}
+    for name in sorted(found.keys() ^ expected.keys()):
+        state = "unexpected" if name in found else "missing"
+        raise RejectedError("AG-PKT-023", f"{state} tensor {name[:80]}")
+    for name, value in sorted(found.items()):
+        if value != expected[name]:
+            raise RejectedError("AG-PKT-023", f"tensor {name[:80]} has another dtype or shape")
+
+
+def read_tensor(handle: IO[bytes], entry: TensorEntry) -> Float32:
+    """Read one floating-point tensor as float32.
+
+    Raises:
+        RejectedError: AG-PKT-016 for other dtypes, AG-PKT-010 if the file became shorter.
+    """
+    handle.seek(entry.offset)
+    content = handle.read(entry.size_bytes)
+    if len(content) != entry.size_bytes:
+        raise RejectedError("AG-PKT-010", "the file is shorter than its header says")
+    return as_float32(content, entry.dtype).reshape(entry.shape)
+
+
+def as_float32(content: bytes | memoryview, dtype: str) -> Float32:
+    """Little-endian elements as float32; F64 is rounded.
+
+    Raises:
+        RejectedError: AG-PKT-016 for dtypes that are not floating point.
+    """
+    if dtype == "F32":
+        return np.frombuffer(content, dtype="<f4")
+    if dtype == "BF16":
+        # bf16 is the upper half of a float32.
+        return (np.frombuffer(content, dtype="<u2").astype(np.uint32) << 16).view(np.float32)
+    if dtype in {"F16", "F64"}:
+        return np.frombuffer(content, dtype="<f2" if dtype == "F16" else "<f8").astype(np.float32)
+    raise RejectedError("AG-PKT-016", f"{dtype} holds no floating-point values")
+
+
+def write_tensors(sink: IO[bytes], tensors: Mapping[str, RawTensor]) -> TensorTable:
+    """Write tensors in the one canonical form and return the table of what was written.
+
+    The egress guard rebuilds every outgoing file through this function, so nothing but names,
+    shapes and values can leave: no metadata, no order, no padding chosen by anyone.
+
+    Raises:
+        RejectedError: AG-PKT-015 to -017, -019 and -024 for tensors that no reader would accept.
+    """
+    if not 1 <= len(tensors) <= LIMITS.tensors:
+        raise RejectedError("AG-PKT-024", f"{len(tensors)} tensors to write")
+    names = sorted(tensors, key=lambda name: (_LAYOUT.get(tensors[name].dtype, 0), name))
+    entries = []
+    offset = 0
+    for name in names:
+        tensor = tensors[name]
+        size = memoryview(tensor.data).nbytes
+        _check_name(name)
+        if size != _expected_bytes(name, tensor.dtype, tensor.shape, PACKET_RULES):
+            raise RejectedError("AG-PKT-019", f"{name[:80]}: size and shape disagree")
+        entries.append(TensorEntry(name, tensor.dtype, tensor.shape, offset, size))
+        offset += size
+    header = _render_header(entries)
+    sink.write(len(header).to_bytes(8, "little") + header)
+    for name in names:
+        sink.write(tensors[name].data)
+    start = 8 + len(header)
+    placed = tuple(
+        TensorEntry(e.name, e.dtype, e.shape, e.offset + start, e.size_bytes) for e in entries
+    )
+    return TensorTable(placed, len(header), start + offset)
+
+
+def _read_header(handle: IO[bytes], file_bytes: int) -> bytes:
+    prefix = handle.read(8)
+    if len(prefix) != 8:
+        raise RejectedError("AG-PKT-010", f"a file of {file_bytes} bytes has no header")
+    size = int.from_bytes(prefix, "little")
+    if size > LIMITS.tensor_header_bytes:
+        raise RejectedError("AG-PKT-011", f"the header claims {size} bytes")
+    if size > file_bytes - 8:
+        raise RejectedError("AG-PKT-010", "the file ends inside its header")
+    header = handle.read(size)
+    if len(header) != size:
+        raise RejectedError("AG-PKT-010", "the file ends inside its header")
+    if not header.startswith(b"{"):
+        raise RejectedError("AG-PKT-012", "the header does not start with an object")
+    # A parsed value takes some twenty times its text, so what a header of allowed tensors can hold
+    # is counted before it is parsed. Neither character can occur in an allowed name.
+    braces, commas = header.count(b"{") + header.count(b"["), header.count(b",")
+    if braces > 3 * LIMITS.tensors + 8 or commas > 16 * LIMITS.tensors:
+        raise RejectedError("AG-PKT-011", "the header holds more values than tensors need")
+    return header
+
+
+def _parse_header(header: bytes) -> dict[str, canonical.Json]:
+    try:
+        value = json.loads(
+            header.decode("utf-8"),
+            object_pairs_hook=_refuse_duplicates,
+            parse_constant=_refuse_number,
+            parse_float=_refuse_number,
+            parse_int=_read_integer,
+        )
+    except RejectedError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise RejectedError(
+            "AG-PKT-012", f"the header is not JSON: {type(error).__name__}"
+        ) from error
+    if not isinstance(value, dict):
+        raise RejectedError("AG-PKT-012", "the header is not an object")
+    return value
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = {name for name, _ in pairs}
+    if len(names) != len(pairs):
+        raise RejectedError("AG-PKT-013", "the header has the same name twice")
+    return dict(pairs)
+
+
+def _refuse_number(_text: str) -> Any:
+    raise RejectedError("AG-PKT-012", "the header holds a number that is not an integer")
+
+
+def _read_integer(digits: str) -> int:
+    if len(digits) > 16:
+        raise RejectedError("AG-PKT-012", "the header holds an integer beyond 2**53")
+    return int(digits)
+
+
+def _read_entry(name: str, value: canonical.Json, start: int, rules: Rules) -> TensorEntry:
+    _check_name(name)
+    if not isinstance(value, dict) or value.keys() != _ENTRY_FIELDS:
+        raise RejectedError("AG-PKT-025", f"{name}: fields are not dtype, shape, data_offsets")
+    dtype, shape = value["dtype"], _read_integers(value["shape"], name)
+    offsets = _read_integers(value["data_offsets"], name)
+    if not isinstance(dtype, str) or len(offsets) != 2:
+        raise RejectedError("AG-PKT-025", f"{name}: a field has the wrong type")
+    begin, end = offsets
+    size = _expected_bytes(name, dtype, shape, rules)
+    if end - begin != size:
+        raise RejectedError("AG-PKT-019", f"{name}: offsets and shape disagree")
+    return TensorEntry(name, dtype, shape, start + begin, size)
+
+
+def _check_name(name: str) -> None:
+    allowed = len(name) <= LIMITS.tensor_name_chars and _NAME.fullmatch(name)
+    if not allowed or ".." in name or name.startswith("/"):
+        raise RejectedError("AG-PKT-015", "a tensor name is not allowed")
+
+
+def _read_integers(value: canonical.Json, name: str) -> tuple[int, ...]:
+    if not isinstance(value, list):
+        raise RejectedError("AG-PKT-025", f"{name}: a field has the wrong type")
+    # `true` is an int to Python and not to anyone else.
+    if not all(type(number) is int and number >= 0 for number in value):
+        raise RejectedError("AG-PKT-017", f"{name}: a shape or offset is not a natural number")
+    return tuple(number for number in value if isinstance(number, int))
+
+
+def _expected_bytes(name: str, dtype: str, shape: tuple[int, ...], rules: Rules) -> int:
+    if dtype not in rules.dtypes:
+        raise RejectedError("AG-PKT-016", f"{name}: a dtype is not allowed")
+    if len(shape) > LIMITS.tensor_dimensions:
+        raise RejectedError("AG-PKT-017", f"{name}: {len(shape)} dimensions")
+    if rules.only_our_spelling and 0 in shape:
+        raise RejectedError("AG-PKT-017", f"{name}: an empty tensor")
+    return math.prod(shape) * DTYPE_BYTES[dtype]
+
+
+def _check_layout(entries: Iterable[TensorEntry], start: int, file_bytes: int) -> None:
+    """Every byte after the header belongs to exactly one tensor."""
+    end = start
+    for entry in entries:
+        if entry.offset < end:
+            raise RejectedError("AG-PKT-018", f"{entry.name} overlaps another tensor")
+        if entry.offset > end:
+            raise RejectedError("AG-PKT-020", f"there is a hole before {entry.name}")
+        end = entry.offset + entry.size_bytes
+    if end > file_bytes:
+        raise RejectedError("AG-PKT-010", "the file is shorter than its header says")
+    if end < file_bytes:
+        raise RejectedError("AG-PKT-021", f"{file_bytes - end} bytes follow the last tensor")
+
+
+def _render_header(entries: Iterable[TensorEntry]) -> bytes:
+    """The header for these tensors, data laid out by element size, then by name."""
+    ordered = sorted(entries, key=lambda entry: (_LAYOUT[entry.dtype], entry.name))
+    parts = []
+    offset = 0
+    for entry in ordered:
+        shape = ",".join(map(str, entry.shape))
+        end = offset + entry.size_bytes
+        parts.append(
+            f'"{entry.name}":{{"dtype":"{entry.dtype}","shape":[{shape}],'
+            f'"data_offsets":[{offset},{end}]}}'
+        )
+        offset = end
+    header = ("{" + ",".join(parts) + "}").encode("ascii")
+    # Spaces bring the data to a multiple of eight, as the library does.
+    return header + b" " * (-len(header) % 8)
+
+
+def _measure(handle: IO[bytes], entry: TensorEntry) -> TensorFigures:
+    digest = hashlib.sha256()
+    handle.seek(entry.offset)
+    squares, left = 0.0, entry.size_bytes
+    while left:
+        block = handle.read(min(_BLOCK, left))
+        if not block:
+            raise RejectedError("AG-PKT-010", "the file is shorter than its header says")
+        digest.update(block)
+        if entry.dtype in {"F64", *PACKET_DTYPES}:
+            squares += _sum_squares(as_float32(block, entry.dtype), entry.name)
+        left -= len(block)
+    return TensorFigures(entry.name, math.sqrt(squares), digest.hexdigest())
+
+
+def _sum_squares(values: Float32, name: str) -> float:
+    """The sum of squares of a block, refusing values that are not finite.
+
+    Squares never cancel, so a NaN or an infinity always shows in the sum and values need no pass
+    of their own. einsum rather than dot, which would start a pool of BLAS threads.
+    """
+    total = 0.0
+    for begin in range(0, len(values), _SUM):
+        piece = values[begin : begin + _SUM]
+        squares = float(np.einsum("i,i->", piece, piece))
+        if not math.isfinite(squares):
+            # Either a value is not finite, or its square is beyond single precision.
+            squares = float(np.square(piece, dtype=np.float64).sum())
+            if not math.isfinite(squares):
+                raise RejectedError("AG-PKT-022", f"{name} holds NaN or infinite values")
+        total += squares
+    return total
