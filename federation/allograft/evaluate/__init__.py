@@ -1,1 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
+"""How a recipient finds out, on its own data, whether a packet helps.
+
+- `bootstrap`: paired bootstrap over documents (numpy only).
+- `gate`: from measurements to keep or revert, as a pure function (numpy only).
+- `loss`: held-out loss per document, the only measurement the gate needs.
+- `trial`: attaches at each dose, measures, detaches bit-exactly, and reports.
+- `report`: the trial's typed report and its JSON form.
+"""

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Held-out loss of a causal language model, document by document.
+
+Invariant: the figures depend on the model, the tokenizer and the text only. Batches are formed
+from token counts, so two measurements of the same texts run the same shapes in the same order,
+and a restored model gives bit-equal results on the same device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from allograft.errors import RejectedError
+from allograft.evaluate.bootstrap import Losses
+
+
+@dataclass(frozen=True, slots=True)
+class Scoring:
+    """How documents are measured.
+
+    Attributes:
+        window_tokens: Longest piece the model sees at once; longer documents are cut into
+            windows, and each token is predicted once.
+        batch_tokens: Tokens per forward pass, padding included; bounds memory.
+    """
+
+    window_tokens: int = 512
+    batch_tokens: int = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class _Window:
+    document: int
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Documents cut into windows once, to be measured many times."""
+
+    batches: tuple[tuple[_Window, ...], ...]
+    tokens: tuple[int, ...]
+    text_bytes: tuple[int, ...]
+
+
+def prepare(
+    texts: Sequence[str], tokenizer: Any, model: Any, scoring: Scoring | None = None
+) -> Prepared:
+    """Tokenise documents and lay them out in batches.
+
+    The first token of a document is predicted from the tokenizer's start token where it has one,
+    and otherwise only conditions the rest.
+
+    Raises:
+        RejectedError: AG-EVA-001 if a document has fewer than two tokens.
+    """
+    scoring = scoring or Scoring()
+    limit = min(scoring.window_tokens, _context(model))
+    start = tokenizer.bos_token_id
+    windows: list[_Window] = []
+    counts = []
+    for number, text in enumerate(texts):
+        ids = list(tokenizer.encode(text, add_special_tokens=False))
+        if start is not None:
+            ids = [start, *ids]
+        if len(ids) < 2:
+            raise RejectedError("AG-EVA-001", "a document is empty")
+        # Windows share one token: the last of one conditions the first of the next.
+        windows.extend(
+            _Window(number, tuple(ids[at : at + limit])) for at in range(0, len(ids) - 1, limit - 1)
+        )
+        counts.append(len(ids) - 1)
+    batches = tuple(_batches(windows, scoring.batch_tokens))
+    return Prepared(batches, tuple(counts), tuple(len(text.encode("utf-8")) for text in texts))
+
+
+def _context(model: Any) -> int:
+    return max(int(getattr(model.config, "max_position_embeddings", 1 << 30)), 2)
+
+
+def _batches(windows: list[_Window], batch_tokens: int) -> Iterator[tuple[_Window, ...]]:
+    """Group windows of similar length, so that little of a batch is padding."""
+    ordered = sorted(windows, key=lambda window: (len(window.tokens), window.document))
+    batch: list[_Window] = []
+    for window in ordered:
+        if batch and (len(batch) + 1) * len(window.tokens) > batch_tokens:
+            yield tuple(batch)
+            batch = []
+        batch.append(window)
+    if batch:
+        yield tuple(batch)
+
+
+@torch.no_grad()
+def measure(model: Any, prepared: Prepared) -> Losses:
+    """Measure prepared documents with the model as it is now.
+
+    The model is put into evaluation mode for the measurement and back afterwards.
+
+    Raises:
+        RejectedError: AG-EVA-002 if a loss is not a finite number.
+    """
+    nats = np.zeros(len(prepared.tokens), dtype=np.float64)
+    was_training = model.training
+    model.eval()
+    try:
+        for batch in prepared.batches:
+            for window, value in zip(batch, _batch_nats(model, batch), strict=True):
+                nats[window.document] += value
+    finally:
+        model.train(was_training)
+    if not np.isfinite(nats).all():
+        raise RejectedError("AG-EVA-002", "a document has a loss that is not a finite number")
+    return Losses(
+        nats,
+        np.array(prepared.tokens, dtype=np.int64),
+        np.array(prepared.text_bytes, dtype=np.int64),
+    )
+
+
+def _batch_nats(model: Any, batch: Sequence[_Window]) -> list[float]:
+    """Summed loss of each window of a batch, accumulated in 64 bits."""
+    ids, mask = pad_batch([window.tokens for window in batch], model.device)
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+    losses = torch.nn.functional.cross_entropy(
+        logits.float().transpose(1, 2), ids[:, 1:], reduction="none"
+    )
+    summed = (losses.double() * mask[:, 1:]).sum(dim=1)
+    return [float(value) for value in summed.cpu()]
+
+
+def pad_batch(
+    rows: Sequence[Sequence[int]], device: torch.device | str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token rows as a padded batch with its mask; padding stands right, so it changes nothing."""
+    width = max(len(row) for row in rows)
+    ids = torch.zeros((len(rows), width), dtype=torch.long)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    for number, row in enumerate(rows):
+        ids[number, : len(row)] = torch.tensor(row, dtype=torch.long)
+        mask[number, : len(row)] = 1
+    return ids.to(device), mask.to(device)
