@@ -4,4 +4,5 @@
 - `item`: what waits to be moved, described by digests.
 - `frame`: one signed call or answer.
 - `poll`: the lists that drive everything else.
+- `app`: the digest of the Flower app and where a frame lies in its messages.
 """
