@@ -306,6 +306,10 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
             "an item was announced that may not be sent in this direction or is over its limits",
             "Check the size of the packet against the limits in protos/spec/relay.md.",
         ),
+        "AG-RLY-007": ErrorCode(
+            "a local process of the relay does not answer",
+            "Check that the daemon runs (`allograft-site doctor`); the call is made again.",
+        ),
         # --- AG-RTE: cards, offers, routes, receipts, withdrawals ---
         "AG-RTE-001": ErrorCode(
             "a card, offer, route, receipt or withdrawal is malformed",

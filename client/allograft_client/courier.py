@@ -1,0 +1,84 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The site's Flower app: it carries opaque bytes between Flower and the site daemon's socket.
+
+Invariant: a handler never looks into a frame, never keeps one, never trains and never waits for
+more than one call of the local socket. The socket's path comes from the SuperNode's own command
+line (`--node-config`), never from the submitted app. See protos/spec/relay.md.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import grpc
+from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from allograft.errors import RejectedError, UnavailableError
+from allograft.limits import LIMITS
+from allograft.wire.v1 import relay_pb2, relay_pb2_grpc
+
+#: Key of the SuperNode's node configuration that names the daemon's socket.
+SOCKET_KEY = "courier-socket"
+
+_DEADLINE_S = 60.0
+_MESSAGE_BYTES = LIMITS.part_bytes + (1 << 20)
+_OPTIONS = (
+    ("grpc.max_send_message_length", _MESSAGE_BYTES),
+    ("grpc.max_receive_message_length", _MESSAGE_BYTES),
+)
+
+app = ClientApp()
+
+
+@cache
+def _door(socket_path: str) -> relay_pb2_grpc.SiteCourierStub:
+    return relay_pb2_grpc.SiteCourierStub(
+        grpc.insecure_channel(f"unix:{socket_path}", options=_OPTIONS)
+    )
+
+
+def to_record(frame: relay_pb2.Frame) -> RecordDict:
+    """A frame as Flower carries it: two arrays of bytes that Flower does not interpret."""
+    return RecordDict(
+        {
+            "frame": ArrayRecord(
+                {"envelope": _to_array(frame.envelope), "body": _to_array(frame.body)}
+            )
+        }
+    )
+
+
+def from_record(content: RecordDict) -> relay_pb2.Frame:
+    """The frame inside a Flower message.
+
+    Raises:
+        RejectedError: AG-RLY-001 if the message has another shape.
+    """
+    record = content.array_records.get("frame")
+    if record is None or set(record) != {"envelope", "body"} or len(content) != 1:
+        raise RejectedError("AG-RLY-001", "a Flower message does not hold one frame")
+    return relay_pb2.Frame(envelope=record["envelope"].data, body=record["body"].data)
+
+
+def _to_array(content: bytes) -> Array:
+    return Array(dtype="uint8", shape=(len(content),), stype="opaque", data=content)
+
+
+def carry(message: Message, context: Context) -> Message:
+    """Pass one frame to the daemon and its answer back.
+
+    Raises:
+        UnavailableError: AG-RLY-007 if the daemon does not answer; Flower reports the failure and
+            the coordinator calls again later.
+    """
+    call = from_record(message.content)
+    try:
+        answer = _door(str(context.node_config[SOCKET_KEY])).Exchange(call, timeout=_DEADLINE_S)
+    except grpc.RpcError as error:
+        raise UnavailableError("AG-RLY-007", f"site daemon: {error.code().name}") from error
+    return Message(to_record(answer), reply_to=message)
+
+
+for action in ("poll", "take", "put"):
+    app.query(action)(carry)

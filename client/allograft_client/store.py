@@ -1,0 +1,582 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The site's memory: one SQLite file, the only module here that speaks SQL.
+
+Invariants: every packet is in exactly one named state with a reason; a transition is committed
+(WAL, synchronous=FULL) before anything about it is announced; a transition names the states it may
+start from, so two processes can never both make it. Jobs are the requests of the command line and
+the follow-ups of the daemon alike; one left `running` by a killed process is queued again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sqlite3
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from allograft.crypto import canonical
+from allograft.errors import RejectedError, UnavailableError
+from allograft.relay.item import Item
+
+Direction = Literal["out", "in"]
+Lane = Literal["light", "heavy"]
+
+#: What a packet can be at this site. See client/README.md for the two life lines.
+DONOR_STATES = frozenset(
+    {
+        "training", "failed", "refused", "awaiting-approval", "offered", "routed", "dispatched",
+        "withdrawn",
+    }
+)  # fmt: skip
+RECIPIENT_STATES = frozenset(
+    {"received", "verified", "trialled", "kept", "reverted", "refused", "quarantined", "recalled"}
+)
+
+_MIGRATIONS: tuple[str, ...] = (
+    """
+    CREATE TABLE model (
+        name TEXT PRIMARY KEY, path TEXT NOT NULL, data TEXT NOT NULL, retention TEXT NOT NULL,
+        facts TEXT NOT NULL, time TEXT NOT NULL
+    ) STRICT;
+    CREATE TABLE packet (
+        packet_id TEXT PRIMARY KEY, role TEXT NOT NULL CHECK (role IN ('donor', 'recipient')),
+        donor TEXT NOT NULL, kind TEXT NOT NULL, model TEXT NOT NULL, dispatch_id TEXT NOT NULL,
+        state TEXT NOT NULL, code TEXT NOT NULL, reason TEXT NOT NULL, facts TEXT NOT NULL,
+        time TEXT NOT NULL
+    ) STRICT;
+    CREATE TABLE history (
+        number INTEGER PRIMARY KEY, packet_id TEXT NOT NULL, state TEXT NOT NULL,
+        code TEXT NOT NULL, reason TEXT NOT NULL, time TEXT NOT NULL
+    ) STRICT;
+    CREATE TABLE item (
+        number INTEGER PRIMARY KEY, item_id TEXT NOT NULL UNIQUE,
+        direction TEXT NOT NULL CHECK (direction IN ('out', 'in')), kind TEXT NOT NULL,
+        description BLOB NOT NULL, packet_id TEXT NOT NULL,
+        state TEXT NOT NULL CHECK (state IN ('waiting', 'stored', 'done', 'refused')),
+        code TEXT NOT NULL, time TEXT NOT NULL
+    ) STRICT;
+    CREATE INDEX item_state ON item (direction, state);
+    CREATE TABLE part (
+        item_id TEXT NOT NULL, number INTEGER NOT NULL, PRIMARY KEY (item_id, number)
+    ) STRICT, WITHOUT ROWID;
+    CREATE TABLE job (
+        number INTEGER PRIMARY KEY AUTOINCREMENT, lane TEXT NOT NULL, kind TEXT NOT NULL,
+        subject TEXT NOT NULL, arguments TEXT NOT NULL,
+        state TEXT NOT NULL CHECK (state IN ('queued', 'running', 'done', 'failed')),
+        progress TEXT NOT NULL, result TEXT NOT NULL, code TEXT NOT NULL, cause TEXT NOT NULL,
+        time TEXT NOT NULL
+    ) STRICT;
+    CREATE TABLE dispatch_seen (
+        dispatch_id TEXT PRIMARY KEY, packet_id TEXT NOT NULL, time TEXT NOT NULL
+    ) STRICT;
+    CREATE TABLE attachment (
+        packet_id TEXT PRIMARY KEY, model TEXT NOT NULL, position INTEGER NOT NULL,
+        path TEXT NOT NULL, dose REAL NOT NULL, time TEXT NOT NULL,
+        UNIQUE (model, position)
+    ) STRICT;
+    CREATE TABLE receipt (
+        packet_id TEXT NOT NULL, site TEXT NOT NULL, state TEXT NOT NULL, code TEXT NOT NULL,
+        time TEXT NOT NULL, PRIMARY KEY (packet_id, site, time)
+    ) STRICT;
+    """,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRow:
+    """A model of this site; `facts` are what `recipes` measured of it, as JSON."""
+
+    name: str
+    path: Path
+    data: Path
+    retention: Path
+    facts: Mapping[str, Any]
+    time: str
+
+
+@dataclass(frozen=True, slots=True)
+class PacketRow:
+    """A packet, its one state, and why it is in it."""
+
+    packet_id: str
+    role: str
+    donor: str
+    kind: str
+    model: str
+    dispatch_id: str
+    state: str
+    code: str
+    reason: str
+    facts: Mapping[str, Any]
+    time: str
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One entry of a packet's history."""
+
+    state: str
+    code: str
+    reason: str
+    time: str
+
+
+@dataclass(frozen=True, slots=True)
+class ItemRow:
+    """An item of the outbox or inbox."""
+
+    item: Item
+    direction: str
+    packet_id: str
+    state: str
+    code: str
+
+    @property
+    def item_id(self) -> str:
+        """The item's identity."""
+        return self.item.item_id
+
+
+@dataclass(frozen=True, slots=True)
+class JobRow:
+    """A piece of work; `progress` is the worker's last word about itself."""
+
+    number: int
+    lane: str
+    kind: str
+    subject: str
+    arguments: Mapping[str, Any]
+    state: str
+    progress: Mapping[str, Any]
+    result: Mapping[str, Any]
+    code: str
+    cause: str
+    time: str
+
+
+@dataclass(frozen=True, slots=True)
+class AttachmentRow:
+    """A kept attachment; `position` is its place in the model's stack, from 0."""
+
+    packet_id: str
+    model: str
+    position: int
+    path: Path
+    dose: float
+    time: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiptRow:
+    """What a recipient of one of our packets reported."""
+
+    packet_id: str
+    site: str
+    state: str
+    code: str
+    time: str
+
+
+class Store:
+    """The database of one site; every thread gets its own connection."""
+
+    def __init__(self, path: Path) -> None:
+        """Open and migrate.
+
+        Raises:
+            RejectedError: AG-SIT-002 if a newer version wrote the database.
+            UnavailableError: AG-STO-001 if it cannot be written.
+        """
+        self._path = path
+        self._local = threading.local()
+        self._migrate()
+
+    # --- connections ---
+
+    def _connection(self) -> sqlite3.Connection:
+        connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
+        if connection is None:
+            connection = sqlite3.connect(self._path, timeout=30, isolation_level=None)
+            connection.row_factory = sqlite3.Row
+            connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute("PRAGMA foreign_keys = ON")
+            self._local.connection = connection
+        return connection
+
+    def close(self) -> None:
+        """Close this thread's connection."""
+        connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
+        if connection is not None:
+            connection.close()
+            self._local.connection = None
+
+    @contextlib.contextmanager
+    def transaction(self) -> Iterator[None]:
+        """Make the calls inside one transaction; nests into an outer one.
+
+        Raises:
+            UnavailableError: AG-STO-001 if the disk is full or the database stays locked.
+        """
+        connection = self._connection()
+        if connection.in_transaction:
+            yield
+            return
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            yield
+            connection.execute("COMMIT")
+        except sqlite3.OperationalError as error:
+            raise UnavailableError("AG-STO-001", f"site.db: {error}") from error
+        finally:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+
+    def _run(self, sql: str, *values: object) -> int:
+        with self.transaction():
+            return self._connection().execute(sql, values).rowcount
+
+    def _rows(self, sql: str, *values: object) -> list[sqlite3.Row]:
+        return self._connection().execute(sql, values).fetchall()
+
+    def _migrate(self) -> None:
+        connection = self._connection()
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        if version > len(_MIGRATIONS):
+            raise RejectedError("AG-SIT-002", f"site.db has schema {version}, a newer one")
+        for number, script in enumerate(_MIGRATIONS[version:], version + 1):
+            # One transaction per step: a killed migration leaves the previous schema.
+            connection.executescript(
+                f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {number}; COMMIT;"
+            )
+
+    # --- models ---
+
+    def put_model(self, row: ModelRow) -> None:
+        """Add or replace a model."""
+        self._run(
+            "INSERT INTO model VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT (name) DO UPDATE SET "
+            "path = excluded.path, data = excluded.data, retention = excluded.retention, "
+            "facts = excluded.facts, time = excluded.time",
+            row.name, str(row.path), str(row.data), str(row.retention), _write(row.facts), row.time,
+        )  # fmt: skip
+
+    def models(self) -> tuple[ModelRow, ...]:
+        """All models, by name."""
+        return tuple(_model(row) for row in self._rows("SELECT * FROM model ORDER BY name"))
+
+    def model(self, name: str) -> ModelRow:
+        """One model.
+
+        Raises:
+            RejectedError: AG-SIT-003 if there is none of this name.
+        """
+        rows = self._rows("SELECT * FROM model WHERE name = ?", name)
+        if not rows:
+            raise RejectedError("AG-SIT-003", f"no model named {name[:64]!r}")
+        return _model(rows[0])
+
+    # --- packets ---
+
+    def add_packet(self, row: PacketRow) -> None:
+        """Record a new packet with its first state."""
+        with self.transaction():
+            self._run(
+                "INSERT INTO packet VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                row.packet_id, row.role, row.donor, row.kind, row.model, row.dispatch_id, row.state,
+                row.code, row.reason, _write(row.facts), row.time,
+            )  # fmt: skip
+            self._remember(row.packet_id, row.state, row.code, row.reason)
+
+    def move_packet(
+        self,
+        packet_id: str,
+        before: Sequence[str],
+        after: str,
+        reason: str,
+        code: str = "",
+    ) -> None:
+        """Change a packet's state.
+
+        Args:
+            packet_id: The packet.
+            before: The states this transition may start from.
+            after: The new state.
+            reason: One line for people; it stays with the packet.
+            code: The error code if the state is a refusal.
+
+        Raises:
+            RejectedError: AG-SIT-004 if the packet is in another state.
+        """
+        with self.transaction():
+            row = self.packet(packet_id)
+            if row.state not in before:
+                raise RejectedError(
+                    "AG-SIT-004", f"packet {packet_id} is {row.state}, not {' or '.join(before)}"
+                )
+            self._run(
+                "UPDATE packet SET state = ?, code = ?, reason = ?, time = ? WHERE packet_id = ?",
+                after, code, reason, now_text(), packet_id,
+            )  # fmt: skip
+            self._remember(packet_id, after, code, reason)
+
+    def _remember(self, packet_id: str, state: str, code: str, reason: str) -> None:
+        self._run(
+            "INSERT INTO history (packet_id, state, code, reason, time) VALUES (?, ?, ?, ?, ?)",
+            packet_id, state, code, reason, now_text(),
+        )  # fmt: skip
+
+    def add_packet_facts(self, packet_id: str, **facts: object) -> None:
+        """Merge facts into a packet's record without a change of state."""
+        with self.transaction():
+            merged = {**self.packet(packet_id).facts, **facts}
+            self._run("UPDATE packet SET facts = ? WHERE packet_id = ?", _write(merged), packet_id)
+
+    def set_packet_model(self, packet_id: str, model: str) -> None:
+        """Record which of our models a received packet was checked against."""
+        self._run("UPDATE packet SET model = ? WHERE packet_id = ?", model, packet_id)
+
+    def has_packet(self, packet_id: str) -> bool:
+        """Whether the packet is known here."""
+        return bool(self._rows("SELECT 1 FROM packet WHERE packet_id = ?", packet_id))
+
+    def packet(self, packet_id: str) -> PacketRow:
+        """One packet, by its whole identifier or an unambiguous beginning of it.
+
+        Raises:
+            RejectedError: AG-SIT-003.
+        """
+        if not packet_id or not packet_id.isalnum():
+            raise RejectedError("AG-SIT-003", "a packet is named by the hex digits of its id")
+        rows = self._rows("SELECT * FROM packet WHERE packet_id GLOB ? LIMIT 2", packet_id + "*")
+        if len(rows) != 1:
+            found = "more than one packet begins" if rows else "no packet here begins"
+            raise RejectedError("AG-SIT-003", f"{found} with {packet_id[:32]}")
+        return _packet(rows[0])
+
+    def packets(self) -> tuple[PacketRow, ...]:
+        """All packets, oldest first."""
+        return tuple(_packet(row) for row in self._rows("SELECT * FROM packet ORDER BY rowid"))
+
+    def history(self, packet_id: str) -> tuple[Change, ...]:
+        """The states a packet went through, oldest first."""
+        rows = self._rows("SELECT * FROM history WHERE packet_id = ? ORDER BY number", packet_id)
+        return tuple(Change(r["state"], r["code"], r["reason"], r["time"]) for r in rows)
+
+    # --- items ---
+
+    def add_item(self, item: Item, direction: Direction, packet_id: str = "") -> None:
+        """Record an item that waits to be sent or received; knowing it already is no error."""
+        self._run(
+            "INSERT INTO item (item_id, direction, kind, description, packet_id, state, code, time)"
+            " VALUES (?, ?, ?, ?, ?, 'waiting', '', ?) ON CONFLICT (item_id) DO NOTHING",
+            item.item_id, direction, item.kind, item.to_bytes(), packet_id, now_text(),
+        )  # fmt: skip
+
+    def find_item(self, item_id: str, direction: Direction) -> ItemRow | None:
+        """One item, or None."""
+        rows = self._rows(
+            "SELECT * FROM item WHERE item_id = ? AND direction = ?", item_id, direction
+        )
+        return _item(rows[0]) if rows else None
+
+    def items(self, direction: Direction, state: str, limit: int = -1) -> tuple[ItemRow, ...]:
+        """Items in one state, oldest first."""
+        rows = self._rows(
+            "SELECT * FROM item WHERE direction = ? AND state = ? ORDER BY number LIMIT ?",
+            direction, state, limit,
+        )  # fmt: skip
+        return tuple(_item(row) for row in rows)
+
+    def move_item(self, item_id: str, before: str, after: str, code: str = "") -> bool:
+        """Change an item's state; False if it was not in `before`."""
+        return bool(
+            self._run(
+                "UPDATE item SET state = ?, code = ? WHERE item_id = ? AND state = ?",
+                after, code, item_id, before,
+            )
+        )  # fmt: skip
+
+    def add_part(self, item_id: str, number: int) -> None:
+        """Record that a part lies on disk, synced."""
+        self._run("INSERT OR IGNORE INTO part VALUES (?, ?)", item_id, number)
+
+    def parts(self, item_id: str) -> frozenset[int]:
+        """Numbers of the parts that lie on disk."""
+        rows = self._rows("SELECT number FROM part WHERE item_id = ?", item_id)
+        return frozenset(row["number"] for row in rows)
+
+    def forget_parts(self, item_id: str) -> None:
+        """Drop the part records of an item that is complete or refused."""
+        self._run("DELETE FROM part WHERE item_id = ?", item_id)
+
+    # --- jobs ---
+
+    def add_job(
+        self, lane: Lane, kind: str, subject: str, arguments: Mapping[str, Any] | None = None
+    ) -> int:
+        """Queue work and return its number."""
+        with self.transaction():
+            cursor = self._connection().execute(
+                "INSERT INTO job (lane, kind, subject, arguments, state, progress, result, code,"
+                " cause, time) VALUES (?, ?, ?, ?, 'queued', '{}', '{}', '', '', ?)",
+                (lane, kind, subject, _write(arguments or {}), now_text()),
+            )
+            return int(cursor.lastrowid or 0)
+
+    def next_job(self, lane: Lane) -> JobRow | None:
+        """Take the oldest queued job of a lane and mark it running."""
+        with self.transaction():
+            rows = self._rows(
+                "SELECT * FROM job WHERE lane = ? AND state = 'queued' ORDER BY number LIMIT 1",
+                lane,
+            )
+            if not rows:
+                return None
+            number = rows[0]["number"]
+            self._run("UPDATE job SET state = 'running' WHERE number = ?", number)
+            return self.job(number)
+
+    def requeue_jobs(self) -> int:
+        """Queue again what a killed process left running; call with the directory lock held."""
+        return self._run("UPDATE job SET state = 'queued' WHERE state = 'running'")
+
+    def set_progress(self, number: int, progress: Mapping[str, Any]) -> None:
+        """Replace a job's progress."""
+        self._run("UPDATE job SET progress = ? WHERE number = ?", _write(progress), number)
+
+    def finish_job(self, number: int, result: Mapping[str, Any] | None = None) -> None:
+        """Mark a job done."""
+        self._run(
+            "UPDATE job SET state = 'done', result = ? WHERE number = ?",
+            _write(result or {}), number,
+        )  # fmt: skip
+
+    def fail_job(self, number: int, code: str, cause: str) -> None:
+        """Mark a job failed, with the reason."""
+        self._run(
+            "UPDATE job SET state = 'failed', code = ?, cause = ? WHERE number = ?",
+            code, cause, number,
+        )  # fmt: skip
+
+    def requeue_job(self, number: int, code: str, cause: str) -> None:
+        """Put a job back because something it needs is not there now."""
+        self._run(
+            "UPDATE job SET state = 'queued', code = ?, cause = ? WHERE number = ?",
+            code, cause, number,
+        )  # fmt: skip
+
+    def job(self, number: int) -> JobRow:
+        """One job.
+
+        Raises:
+            RejectedError: AG-SIT-003.
+        """
+        rows = self._rows("SELECT * FROM job WHERE number = ?", number)
+        if not rows:
+            raise RejectedError("AG-SIT-003", f"no job number {number}")
+        return _job(rows[0])
+
+    def jobs(self, limit: int = 50) -> tuple[JobRow, ...]:
+        """The newest jobs, oldest of them first."""
+        rows = self._rows("SELECT * FROM job ORDER BY number DESC LIMIT ?", limit)
+        return tuple(_job(row) for row in reversed(rows))
+
+    # --- dispatches, attachments, receipts ---
+
+    def claim_dispatch(self, dispatch_id: str, packet_id: str) -> bool:
+        """Remember a dispatch; False if it was seen before (a replay)."""
+        return bool(
+            self._run(
+                "INSERT OR IGNORE INTO dispatch_seen VALUES (?, ?, ?)",
+                dispatch_id, packet_id, now_text(),
+            )
+        )  # fmt: skip
+
+    def is_dispatch_seen(self, dispatch_id: str) -> bool:
+        """Whether a dispatch was taken in before."""
+        return bool(self._rows("SELECT 1 FROM dispatch_seen WHERE dispatch_id = ?", dispatch_id))
+
+    def push_attachment(self, packet_id: str, model: str, path: Path, dose: float) -> None:
+        """Put an attachment on top of a model's stack."""
+        with self.transaction():
+            position = len(self.attachments(model))
+            self._run(
+                "INSERT INTO attachment VALUES (?, ?, ?, ?, ?, ?)",
+                packet_id, model, position, str(path), dose, now_text(),
+            )  # fmt: skip
+
+    def drop_attachment(self, packet_id: str) -> None:
+        """Take an attachment out of its model's stack; those above move down."""
+        with self.transaction():
+            rows = self._rows("SELECT * FROM attachment WHERE packet_id = ?", packet_id)
+            self._run("DELETE FROM attachment WHERE packet_id = ?", packet_id)
+            for row in rows:
+                for above in self.attachments(row["model"]):
+                    if above.position > row["position"]:
+                        self._run(
+                            "UPDATE attachment SET position = ? WHERE packet_id = ?",
+                            above.position - 1, above.packet_id,
+                        )  # fmt: skip
+
+    def attachments(self, model: str) -> tuple[AttachmentRow, ...]:
+        """A model's stack of kept attachments, bottom first."""
+        rows = self._rows("SELECT * FROM attachment WHERE model = ? ORDER BY position", model)
+        return tuple(
+            AttachmentRow(
+                row["packet_id"], row["model"], row["position"], Path(row["path"]), row["dose"],
+                row["time"],
+            )
+            for row in rows
+        )  # fmt: skip
+
+    def add_receipt(self, row: ReceiptRow) -> None:
+        """Record a recipient's receipt for one of our packets."""
+        self._run(
+            "INSERT OR IGNORE INTO receipt VALUES (?, ?, ?, ?, ?)",
+            row.packet_id, row.site, row.state, row.code, row.time,
+        )  # fmt: skip
+
+    def receipts(self, packet_id: str) -> tuple[ReceiptRow, ...]:
+        """Receipts for one packet, oldest first."""
+        rows = self._rows("SELECT * FROM receipt WHERE packet_id = ? ORDER BY time", packet_id)
+        return tuple(
+            ReceiptRow(r["packet_id"], r["site"], r["state"], r["code"], r["time"]) for r in rows
+        )
+
+
+def now_text() -> str:
+    """The current time as documents write it."""
+    return canonical.format_time(datetime.now(UTC))
+
+
+def _write(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, sort_keys=True, allow_nan=False)
+
+
+def _model(row: sqlite3.Row) -> ModelRow:
+    return ModelRow(
+        row["name"], Path(row["path"]), Path(row["data"]), Path(row["retention"]),
+        json.loads(row["facts"]), row["time"],
+    )  # fmt: skip
+
+
+def _packet(row: sqlite3.Row) -> PacketRow:
+    return PacketRow(**{**dict(row), "facts": json.loads(row["facts"])})
+
+
+def _item(row: sqlite3.Row) -> ItemRow:
+    item = Item.from_json(canonical.loads(row["description"]))
+    return ItemRow(item, row["direction"], row["packet_id"], row["state"], row["code"])
+
+
+def _job(row: sqlite3.Row) -> JobRow:
+    fields = dict(row)
+    for name in ("arguments", "progress", "result"):
+        fields[name] = json.loads(fields[name])
+    return JobRow(**fields)
