@@ -53,7 +53,7 @@ def prepare(
 ) -> Prepared:
     """Tokenise documents and lay them out in batches.
 
-    The first token of a document is predicted from the tokenizer's start token where it has one,
+    The first token of a document is predicted where the tokenizer puts a start token before it,
     and otherwise only conditions the rest.
 
     Raises:
@@ -61,13 +61,10 @@ def prepare(
     """
     scoring = scoring or Scoring()
     limit = min(scoring.window_tokens, _context(model))
-    start = tokenizer.bos_token_id
     windows: list[_Window] = []
     counts = []
     for number, text in enumerate(texts):
-        ids = list(tokenizer.encode(text, add_special_tokens=False))
-        if start is not None:
-            ids = [start, *ids]
+        ids = list(tokenizer.encode(text, verbose=False))
         if len(ids) < 2:
             raise RejectedError("AG-EVA-001", "a document is empty")
         # Windows share one token: the last of one conditions the first of the next.

@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Release gates that need no private data: type (G0), text (G2) and structure (G6).
+
+Invariant: a packet goes on only if every gate says PASS. A gate that refuses says FAIL, a gate
+that cannot judge says INVALID, and a gate that stops in any other way leaves no dossier at all:
+each of the three denies. Results hold figures and counts, never text or values.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import stat
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from allograft.crypto import canonical
+from allograft.errors import AllograftError, RejectedError
+from allograft.packet.tensors import CheckedTensors, check_file, check_shapes
+from allograft.privacy.dossier import GateResult, GateVerdict
+from allograft.privacy.egress import WIRE_DTYPES, AllowList, WireDtype
+from allograft.privacy.scan import RULES_VERSION, describe_counts, scan_texts, strings_of
+
+#: The one file of each kind's payload. Configs, tokenizers and code are never carried.
+PAYLOAD_FILES = {"organ": "organ.safetensors", "lora": "adapter_model.safetensors"}
+
+#: What a gate measured, to be reported whether it passes or not.
+Figures = dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """A built payload with everything that would leave beside it.
+
+    Attributes:
+        kind: The packet's kind.
+        payload: The rebuilt payload directory.
+        allowed: The tensors its file must hold.
+        wire_dtype: Their number format.
+        documents: Every document that would leave, by what it is: statements, offer, provenance.
+    """
+
+    kind: str
+    payload: Path
+    allowed: AllowList
+    wire_dtype: WireDtype
+    documents: tuple[tuple[str, canonical.Json], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """A named, versioned rule: it fills in figures and raises to refuse."""
+
+    name: str
+    version: str
+    judge: Callable[[Submission, Figures], None]
+
+
+def run_gates(submission: Submission) -> tuple[GateResult, ...]:
+    """Run all gates, also after one has refused: the operator sees everything at once."""
+    return tuple(run_gate(gate, submission) for gate in GATES)
+
+
+def check_results(results: Sequence[GateResult]) -> None:
+    """Refuse unless there are results and all of them passed.
+
+    Raises:
+        RejectedError: AG-PRV-020.
+    """
+    if not results:
+        raise RejectedError("AG-PRV-020", "no gate ran")
+    for result in results:
+        if result.verdict is not GateVerdict.PASS:
+            raise RejectedError(
+                "AG-PRV-020", f"gate {result.name}: {result.verdict}: {result.reason}"
+            )
+
+
+def run_gate(gate: Gate, submission: Submission) -> GateResult:
+    """Run one gate and return its result, whatever happens inside."""
+    figures: Figures = {}
+    verdict, reason = GateVerdict.PASS, ""
+    started = time.monotonic()
+    try:
+        gate.judge(submission, figures)
+    except RejectedError as error:
+        verdict, reason = GateVerdict.FAIL, f"{error.code}: {error.cause}"
+    except AllograftError as error:
+        verdict, reason = GateVerdict.INVALID, f"{error.code}: {error.cause}"
+    except (OSError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+        # The type only: the message could quote what the gate was reading.
+        verdict, reason = GateVerdict.INVALID, f"the gate stopped: {type(error).__name__}"
+    cost_ms = round(1000 * (time.monotonic() - started))
+    return GateResult(
+        gate.name, gate.version, verdict, tuple(sorted(figures.items())), cost_ms, reason
+    )
+
+
+def _judge_type(submission: Submission, figures: Figures) -> None:
+    """G0: a known kind, whose payload is exactly the one file that the kind has."""
+    expected = PAYLOAD_FILES.get(submission.kind)
+    if expected is None:
+        raise RejectedError("AG-PRV-040", "the kind has no payload format")
+    found = list(os.scandir(submission.payload))
+    figures["files"] = len(found)
+    if [entry.name for entry in found] != [expected]:
+        raise RejectedError("AG-PRV-040", f"the payload is not exactly one file {expected}")
+    status = found[0].stat(follow_symlinks=False)
+    if not stat.S_ISREG(status.st_mode):
+        raise RejectedError("AG-PRV-040", f"{expected} is not a regular file")
+    figures["bytes"] = status.st_size
+    if not submission.documents:
+        raise RejectedError("AG-PRV-040", "no statement is submitted with the payload")
+
+
+def _judge_text(submission: Submission, figures: Figures) -> None:
+    """G2: no string of any document looks like an identifier of a person."""
+    strings = 0
+    findings = []
+    for what, document in submission.documents:
+        texts = list(strings_of(document))
+        strings += len(texts)
+        counts = scan_texts(texts)
+        for rule, count in counts.items():
+            figures[rule] = figures.get(rule, 0) + count
+        if counts:
+            findings.append(f"{what}: {describe_counts(counts)}")
+    figures["strings"] = strings
+    if findings:
+        raise RejectedError("AG-PRV-021", "; ".join(findings)[:400])
+
+
+def _judge_structure(submission: Submission, figures: Figures) -> None:
+    """G6: allowed names, shapes and dtype; finite values; norms within reach of the base."""
+    path = submission.payload / PAYLOAD_FILES[submission.kind]
+    dtype = WIRE_DTYPES[submission.wire_dtype]
+    with path.open("rb") as handle:
+        checked = check_file(handle)
+    check_shapes(checked.table, {n: (dtype, a.shape) for n, a in submission.allowed.items()})
+    parameters = sum(math.prod(entry.shape) for entry in checked.table.entries)
+    figures["tensors"] = len(checked.table.entries)
+    figures["parameters"] = parameters
+    figures["norm"] = checked.frobenius_norm
+    figures["largest_rms_ratio"] = _largest_ratio(checked, submission.allowed)
+    if not figures["largest_rms_ratio"] <= 1.0:
+        raise RejectedError("AG-PRV-041", "a tensor's values are far larger than its base's")
+
+
+def _largest_ratio(checked: CheckedTensors, allowed: AllowList) -> float:
+    ratios = []
+    for figure in checked.figures:
+        limit = allowed[figure.name]
+        rms = figure.frobenius_norm / math.sqrt(math.prod(limit.shape))
+        ratios.append(rms / limit.max_rms)
+    return max(ratios)
+
+
+#: All gates of the open mode, in order.
+GATES: tuple[Gate, ...] = (
+    Gate("G0", "1", _judge_type),
+    Gate("G2", RULES_VERSION, _judge_text),
+    Gate("G6", "1", _judge_structure),
+)

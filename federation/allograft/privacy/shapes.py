@@ -1,0 +1,145 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which tensors a packet of each kind may hold, worked out from the base model's own files.
+
+The allow-list must not come from whoever made the payload. It follows from the headers of the
+base's safetensors files and a few small numbers of the plan (which blocks, which rank), so a
+smuggled tensor has no name to hide under. No tensor library is needed and no payload is read.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from allograft.errors import RejectedError
+from allograft.packet.tensors import LOCAL_RULES, TensorEntry, read_table, read_tensor
+from allograft.privacy.egress import AllowedTensor, AllowList
+
+#: A tensor may be this many times larger (root mean square) than its counterpart in the base.
+RMS_FACTOR = 10.0
+#: Counterparts smaller than this, such as biases that start at zero, count as this large.
+RMS_FLOOR = 0.1
+
+_BLOCK = re.compile(r"(?:.+\.)?(?:layers|h)\.(\d{1,5})\.([A-Za-z0-9_.]{1,128})")
+# GPT-2 files carry the causal mask as a tensor; it is a constant and no part of a block.
+_CONSTANTS = re.compile(r"attn\.(?:masked_)?bias|(?:.+\.)?rotary_emb\.inv_freq")
+_CONFIG_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class BaseTensors:
+    """The block tensors of a base model.
+
+    Attributes:
+        blocks: For each block, its tensors by their name inside the block.
+        transposed: Whether matrices are stored input-first (GPT-2's Conv1D).
+    """
+
+    blocks: tuple[Mapping[str, BaseTensor], ...]
+    transposed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class BaseTensor:
+    """Where one tensor of the base lies."""
+
+    path: Path
+    entry: TensorEntry
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+        return self.entry.shape
+
+    def rms(self) -> float:
+        """Root mean square of its values."""
+        with self.path.open("rb") as handle:
+            values = read_tensor(handle, self.entry).ravel()
+        return math.sqrt(float(np.dot(values, values)) / max(values.size, 1))
+
+
+def read_base(directory: Path) -> BaseTensors:
+    """List the block tensors of a local model directory; only headers are read.
+
+    Raises:
+        RejectedError: AG-PRV-042 if there is no configuration or no block, AG-PKT-* if a file is
+            no tensor file.
+    """
+    family = _family(directory)
+    blocks: dict[int, dict[str, BaseTensor]] = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        with path.open("rb") as handle:
+            table = read_table(handle, LOCAL_RULES)
+        for entry in table.entries:
+            match = _BLOCK.fullmatch(entry.name)
+            if match and not _CONSTANTS.fullmatch(match[2]):
+                blocks.setdefault(int(match[1]), {})[match[2]] = BaseTensor(path, entry)
+    if not blocks or sorted(blocks) != list(range(len(blocks))):
+        raise RejectedError("AG-PRV-042", "the base's files do not hold a whole stack of blocks")
+    return BaseTensors(tuple(blocks[i] for i in range(len(blocks))), family == "gpt2")
+
+
+def _family(directory: Path) -> str:
+    try:
+        with (directory / "config.json").open("rb") as handle:
+            config = json.loads(handle.read(_CONFIG_BYTES))
+        return str(config["model_type"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise RejectedError(
+            "AG-PRV-042", f"the base has no readable config.json: {type(error).__name__}"
+        ) from error
+
+
+def organ_tensors(base: BaseTensors, source: int, count: int) -> AllowList:
+    """The tensors of an organ made from blocks `source` to `source + count - 1`.
+
+    Raises:
+        RejectedError: AG-PRV-040 if the base has no such blocks.
+    """
+    if count < 1 or source < 0 or source + count > len(base.blocks):
+        raise RejectedError("AG-PRV-040", "the organ names blocks that its base does not have")
+    return {
+        f"blocks.{number}.{name}": AllowedTensor(tensor.shape, _ceiling(tensor))
+        for number in range(count)
+        for name, tensor in base.blocks[source + number].items()
+    }
+
+
+def lora_tensors(base: BaseTensors, modules: Sequence[str], rank: int, prefix: str) -> AllowList:
+    """The tensors of a low-rank adapter on some linear modules of every block.
+
+    Args:
+        base: The base.
+        modules: Names inside a block, such as `self_attn.q_proj`.
+        rank: Rank of the adapter.
+        prefix: What stands before the block number, such as `base_model.model.model.layers`.
+
+    Raises:
+        RejectedError: AG-PRV-040 for modules that the base does not have or ranks it cannot have.
+    """
+    allowed: dict[str, AllowedTensor] = {}
+    for number, block in enumerate(base.blocks):
+        for module in modules:
+            tensor = block.get(f"{module}.weight")
+            if tensor is None or len(tensor.shape) != 2:
+                raise RejectedError("AG-PRV-040", "the adapter names a module without a matrix")
+            outputs, inputs = tensor.shape[::-1] if base.transposed else tensor.shape
+            if not 1 <= rank <= min(outputs, inputs):
+                raise RejectedError("AG-PRV-040", f"rank {rank} does not fit its matrix")
+            name = f"{prefix}.{number}.{module}"
+            limit = RMS_FACTOR * RMS_FLOOR
+            allowed[f"{name}.lora_A.weight"] = AllowedTensor((rank, inputs), limit)
+            allowed[f"{name}.lora_B.weight"] = AllowedTensor((outputs, rank), limit)
+    if not allowed:
+        raise RejectedError("AG-PRV-040", "the adapter names no module")
+    return allowed
+
+
+def _ceiling(tensor: BaseTensor) -> float:
+    return RMS_FACTOR * max(tensor.rms(), RMS_FLOOR)
