@@ -22,6 +22,9 @@ from allograft.limits import LIMITS
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
 _TIME = re.compile(r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}Z")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_RANDOM_ID = re.compile(r"[0-9a-f]{32}")
+_SITE = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _SAFE_INTEGER = 2**53 - 1
 
 
@@ -31,7 +34,8 @@ def dumps(value: Any) -> bytes:
     Raises:
         ValueError: The value cannot be written (a bug of the caller, not of a peer).
     """
-    return rfc8785.dumps(value)
+    content: bytes = rfc8785.dumps(value)
+    return content
 
 
 def loads(content: bytes, max_bytes: int = LIMITS.json_document_bytes) -> Json:
@@ -152,6 +156,42 @@ def as_bool(value: Json) -> bool:
     if not isinstance(value, bool):
         raise RejectedError("AG-IN-003", "expected true or false")
     return value
+
+
+def as_sha256(value: Json) -> str:
+    """The value as a SHA-256 digest in lower-case hex."""
+    text = as_text(value)
+    if not _SHA256.fullmatch(text):
+        raise RejectedError("AG-IN-003", "expected a SHA-256 digest in hex")
+    return text
+
+
+def as_random_id(value: Json) -> str:
+    """The value as a packet, dispatch or call id: 32 lower-case hex digits."""
+    text = as_text(value)
+    if not _RANDOM_ID.fullmatch(text):
+        raise RejectedError("AG-IN-003", "expected an id of 32 hex digits")
+    return text
+
+
+def as_site(value: Json) -> str:
+    """The value as the id of a site or coordinator."""
+    text = as_text(value)
+    if not _SITE.fullmatch(text):
+        raise RejectedError("AG-IN-003", "expected a site id: lower-case letters, digits, dashes")
+    return text
+
+
+def as_line(value: Json) -> str:
+    """The value as one short line of printable text.
+
+    Control and formatting characters (such as bidirectional overrides) are refused: such text is
+    shown to people who decide by it.
+    """
+    text = as_text(value)
+    if len(text) > LIMITS.text_field_chars or not text.isprintable():
+        raise RejectedError("AG-IN-003", "expected one short line of printable text")
+    return text
 
 
 def format_time(moment: datetime) -> str:

@@ -12,7 +12,6 @@ See protos/spec/packet.md, "Tensors".
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -42,9 +41,9 @@ PACKET_DTYPES = frozenset({"F32", "BF16", "F16"})
 _NAME = re.compile(r"[A-Za-z0-9_.\-/]+")
 _LAYOUT = {name: place for place, name in enumerate(DTYPE_BYTES)}
 _ENTRY_FIELDS = {"dtype", "shape", "data_offsets"}
-_BLOCK = 1 << 20
-# Squares of one block are summed in single precision, which the next constant keeps accurate.
-_SUM = 1 << 14
+# A block and its float32 copy stay in the processor's cache, and their squares are summed in single
+# precision, which loses less than 1e-5 of a norm over this many elements.
+_BLOCK = 64 << 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +103,6 @@ class TensorFigures:
 
     name: str
     frobenius_norm: float
-    sha256: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,13 +153,13 @@ def read_table(handle: IO[bytes], rules: Rules = PACKET_RULES) -> TensorTable:
     return TensorTable(tuple(entries), len(header), file_bytes)
 
 
-def check_file(handle: IO[bytes], rules: Rules = PACKET_RULES) -> CheckedTensors:
-    """Check a whole file: its header, then every value.
+def check_file(handle: IO[bytes]) -> CheckedTensors:
+    """Check a whole packet file: its header, then every value.
 
     Raises:
         RejectedError: As `read_table`, and AG-PKT-022 for NaN and infinities.
     """
-    table = read_table(handle, rules)
+    table = read_table(handle)
     return CheckedTensors(table, tuple(_measure(handle, entry) for entry in table.entries))
 
 
@@ -203,7 +201,9 @@ def as_float32(content: bytes | memoryview, dtype: str) -> Float32:
         return np.frombuffer(content, dtype="<f4")
     if dtype == "BF16":
         # bf16 is the upper half of a float32.
-        return (np.frombuffer(content, dtype="<u2").astype(np.uint32) << 16).view(np.float32)
+        halves = np.frombuffer(content, dtype="<u2")
+        words: npt.NDArray[np.uint32] = np.left_shift(halves, np.uint32(16), dtype=np.uint32)
+        return words.view(np.float32)
     if dtype in {"F16", "F64"}:
         return np.frombuffer(content, dtype="<f2" if dtype == "F16" else "<f8").astype(np.float32)
     raise RejectedError("AG-PKT-016", f"{dtype} holds no floating-point values")
@@ -375,18 +375,15 @@ def _render_header(entries: Iterable[TensorEntry]) -> bytes:
 
 
 def _measure(handle: IO[bytes], entry: TensorEntry) -> TensorFigures:
-    digest = hashlib.sha256()
     handle.seek(entry.offset)
     squares, left = 0.0, entry.size_bytes
     while left:
         block = handle.read(min(_BLOCK, left))
         if not block:
             raise RejectedError("AG-PKT-010", "the file is shorter than its header says")
-        digest.update(block)
-        if entry.dtype in {"F64", *PACKET_DTYPES}:
-            squares += _sum_squares(as_float32(block, entry.dtype), entry.name)
+        squares += _sum_squares(as_float32(block, entry.dtype), entry.name)
         left -= len(block)
-    return TensorFigures(entry.name, math.sqrt(squares), digest.hexdigest())
+    return TensorFigures(entry.name, math.sqrt(squares))
 
 
 def _sum_squares(values: Float32, name: str) -> float:
@@ -395,14 +392,11 @@ def _sum_squares(values: Float32, name: str) -> float:
     Squares never cancel, so a NaN or an infinity always shows in the sum and values need no pass
     of their own. einsum rather than dot, which would start a pool of BLAS threads.
     """
-    total = 0.0
-    for begin in range(0, len(values), _SUM):
-        piece = values[begin : begin + _SUM]
-        squares = float(np.einsum("i,i->", piece, piece))
-        if not math.isfinite(squares):
-            # Either a value is not finite, or its square is beyond single precision.
-            squares = float(np.square(piece, dtype=np.float64).sum())
-            if not math.isfinite(squares):
-                raise RejectedError("AG-PKT-022", f"{name} holds NaN or infinite values")
-        total += squares
-    return total
+    squares = float(np.einsum("i,i->", values, values))
+    if math.isfinite(squares):
+        return squares
+    # Either a value is not finite, or its square is beyond single precision.
+    squares = float(np.square(values, dtype=np.float64).sum())
+    if not math.isfinite(squares):
+        raise RejectedError("AG-PKT-022", f"{name} holds NaN or infinite values")
+    return squares
