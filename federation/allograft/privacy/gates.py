@@ -18,13 +18,11 @@ from pathlib import Path
 
 from allograft.crypto import canonical
 from allograft.errors import AllograftError, RejectedError
+from allograft.packet.kinds import find_kind
 from allograft.packet.tensors import CheckedTensors, check_file, check_shapes
 from allograft.privacy.dossier import GateResult, GateVerdict
 from allograft.privacy.egress import WIRE_DTYPES, AllowList, WireDtype
 from allograft.privacy.scan import RULES_VERSION, describe_counts, scan_texts, strings_of
-
-#: The one file of each kind's payload. Configs, tokenizers and code are never carried.
-PAYLOAD_FILES = {"organ": "organ.safetensors", "lora": "adapter_model.safetensors"}
 
 #: What a gate measured, to be reported whether it passes or not.
 Figures = dict[str, float]
@@ -99,18 +97,19 @@ def run_gate(gate: Gate, submission: Submission) -> GateResult:
 
 
 def _judge_type(submission: Submission, figures: Figures) -> None:
-    """G0: a known kind, whose payload is exactly the one file that the kind has."""
-    expected = PAYLOAD_FILES.get(submission.kind)
-    if expected is None:
-        raise RejectedError("AG-PRV-040", "the kind has no payload format")
-    found = list(os.scandir(submission.payload))
+    """G0: a known kind, whose payload is exactly the files that the kind has."""
+    expected = find_kind(submission.kind).parts
+    found = {entry.name: entry for entry in os.scandir(submission.payload)}
     figures["files"] = len(found)
-    if [entry.name for entry in found] != [expected]:
-        raise RejectedError("AG-PRV-040", f"the payload is not exactly one file {expected}")
-    status = found[0].stat(follow_symlinks=False)
-    if not stat.S_ISREG(status.st_mode):
-        raise RejectedError("AG-PRV-040", f"{expected} is not a regular file")
-    figures["bytes"] = status.st_size
+    if found.keys() != set(expected):
+        raise RejectedError("AG-PRV-040", f"the payload is not exactly {', '.join(expected)}")
+    size = 0
+    for name, entry in found.items():
+        status = entry.stat(follow_symlinks=False)
+        if not stat.S_ISREG(status.st_mode):
+            raise RejectedError("AG-PRV-040", f"{name} is not a regular file")
+        size += status.st_size
+    figures["bytes"] = size
     if not submission.documents:
         raise RejectedError("AG-PRV-040", "no statement is submitted with the payload")
 
@@ -134,9 +133,10 @@ def _judge_text(submission: Submission, figures: Figures) -> None:
 
 def _judge_structure(submission: Submission, figures: Figures) -> None:
     """G6: allowed names, shapes and dtype; finite values; norms within reach of the base."""
-    path = submission.payload / PAYLOAD_FILES[submission.kind]
+    # Each kind so far has one tensor file, whose tensors the allow-list names.
+    (name,) = find_kind(submission.kind).parts
     dtype = WIRE_DTYPES[submission.wire_dtype]
-    with path.open("rb") as handle:
+    with (submission.payload / name).open("rb") as handle:
         checked = check_file(handle)
     check_shapes(checked.table, {n: (dtype, a.shape) for n, a in submission.allowed.items()})
     parameters = sum(math.prod(entry.shape) for entry in checked.table.entries)

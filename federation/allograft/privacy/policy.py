@@ -98,7 +98,7 @@ class ReceiptPolicy(_Section):
 
 
 class _File(_Section):
-    version: Literal[1]
+    version: int = Field(ge=1, le=1)
     donate: DonatePolicy = DonatePolicy()
     receive: ReceivePolicy = ReceivePolicy()
     receipt: ReceiptPolicy = ReceiptPolicy()

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -111,34 +111,44 @@ def organ_tensors(base: BaseTensors, source: int, count: int) -> AllowList:
     }
 
 
-def lora_tensors(base: BaseTensors, modules: Sequence[str], rank: int, prefix: str) -> AllowList:
-    """The tensors of a low-rank adapter on some linear modules of every block.
+def lora_tensors(base: BaseTensors, modules: Sequence[str], rank: int) -> AllowList:
+    """The tensors of a low-rank adapter, named as PEFT names them.
 
     Args:
         base: The base.
-        modules: Names inside a block, such as `self_attn.q_proj`.
+        modules: Last components of the modules' names, such as `q_proj`; each stands for all
+            matrices of that name in all blocks, as in PEFT.
         rank: Rank of the adapter.
-        prefix: What stands before the block number, such as `base_model.model.model.layers`.
 
     Raises:
         RejectedError: AG-PRV-040 for modules that the base does not have or ranks it cannot have.
     """
     allowed: dict[str, AllowedTensor] = {}
-    for number, block in enumerate(base.blocks):
-        for module in modules:
-            tensor = block.get(f"{module}.weight")
-            if tensor is None or len(tensor.shape) != 2:
-                raise RejectedError("AG-PRV-040", "the adapter names a module without a matrix")
-            outputs, inputs = tensor.shape[::-1] if base.transposed else tensor.shape
+    limit = RMS_FACTOR * RMS_FLOOR
+    trunk = "transformer.h" if base.transposed else "model.layers"
+    for module in modules:
+        found = list(_matrices(base, module))
+        if not found:
+            raise RejectedError("AG-PRV-040", "the adapter names a module without a matrix")
+        for number, name, shape in found:
+            outputs, inputs = shape[::-1] if base.transposed else shape
             if not 1 <= rank <= min(outputs, inputs):
                 raise RejectedError("AG-PRV-040", f"rank {rank} does not fit its matrix")
-            name = f"{prefix}.{number}.{module}"
-            limit = RMS_FACTOR * RMS_FLOOR
-            allowed[f"{name}.lora_A.weight"] = AllowedTensor((rank, inputs), limit)
-            allowed[f"{name}.lora_B.weight"] = AllowedTensor((outputs, rank), limit)
+            stem = f"base_model.model.{trunk}.{number}.{name}"
+            allowed[f"{stem}.lora_A.weight"] = AllowedTensor((rank, inputs), limit)
+            allowed[f"{stem}.lora_B.weight"] = AllowedTensor((outputs, rank), limit)
     if not allowed:
         raise RejectedError("AG-PRV-040", "the adapter names no module")
     return allowed
+
+
+def _matrices(base: BaseTensors, module: str) -> Iterator[tuple[int, str, tuple[int, ...]]]:
+    """Block number, name inside the block and shape of every matrix of a module name."""
+    for number, block in enumerate(base.blocks):
+        for name, tensor in block.items():
+            stem = name.removesuffix(".weight")
+            if stem != name and stem.split(".")[-1] == module and len(tensor.shape) == 2:
+                yield number, stem, tensor.shape
 
 
 def _ceiling(tensor: BaseTensor) -> float:
