@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x61llograft/wire/v1/relay.proto\x12\x11\x61llograft.wire.v1\"\'\n\x05\x46rame\x12\x10\n\x08\x65nvelope\x18\x01 \x01(\x0c\x12\x0c\n\x04\x62ody\x18\x02 \x01(\x0c\"+\n\x04Node\x12\x0f\n\x07node_id\x18\x01 \x01(\x04\x12\x12\n\npublic_key\x18\x02 \x01(\x0c\"6\n\x0bNextRequest\x12\'\n\x06online\x18\x01 \x03(\x0b\x32\x17.allograft.wire.v1.Node\"Q\n\x04\x43\x61ll\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\t\x12\x0f\n\x07node_id\x18\x02 \x01(\x04\x12\'\n\x05\x66rame\x18\x03 \x01(\x0b\x32\x18.allograft.wire.v1.Frame\"3\n\tNextReply\x12&\n\x05\x63\x61lls\x18\x01 \x03(\x0b\x32\x17.allograft.wire.v1.Call\"i\n\rSettleRequest\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\t\x12)\n\x05\x66rame\x18\x02 \x01(\x0b\x32\x18.allograft.wire.v1.FrameH\x00\x12\x11\n\x07\x66\x61ilure\x18\x03 \x01(\tH\x00\x42\t\n\x07outcome\"\r\n\x0bSettleReply2M\n\x0bSiteCourier\x12>\n\x08\x45xchange\x12\x18.allograft.wire.v1.Frame\x1a\x18.allograft.wire.v1.Frame2\xa6\x01\n\x12\x43oordinatorCourier\x12\x44\n\x04Next\x12\x1e.allograft.wire.v1.NextRequest\x1a\x1c.allograft.wire.v1.NextReply\x12J\n\x06Settle\x12 .allograft.wire.v1.SettleRequest\x1a\x1e.allograft.wire.v1.SettleReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x61llograft/wire/v1/relay.proto\x12\x11\x61llograft.wire.v1\"\'\n\x05\x46rame\x12\x10\n\x08\x65nvelope\x18\x01 \x01(\x0c\x12\x0c\n\x04\x62ody\x18\x02 \x01(\x0c\"+\n\x04Node\x12\x0f\n\x07node_id\x18\x01 \x01(\x04\x12\x12\n\npublic_key\x18\x02 \x01(\x0c\"G\n\x0bNextRequest\x12\'\n\x06online\x18\x01 \x03(\x0b\x32\x17.allograft.wire.v1.Node\x12\x0f\n\x07session\x18\x02 \x01(\t\"a\n\x04\x43\x61ll\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\t\x12\x0f\n\x07node_id\x18\x02 \x01(\x04\x12\'\n\x05\x66rame\x18\x03 \x01(\x0b\x32\x18.allograft.wire.v1.Frame\x12\x0e\n\x06method\x18\x04 \x01(\t\"3\n\tNextReply\x12&\n\x05\x63\x61lls\x18\x01 \x03(\x0b\x32\x17.allograft.wire.v1.Call\"i\n\rSettleRequest\x12\x0f\n\x07\x63\x61ll_id\x18\x01 \x01(\t\x12)\n\x05\x66rame\x18\x02 \x01(\x0b\x32\x18.allograft.wire.v1.FrameH\x00\x12\x11\n\x07\x66\x61ilure\x18\x03 \x01(\tH\x00\x42\t\n\x07outcome\"\r\n\x0bSettleReply2M\n\x0bSiteCourier\x12>\n\x08\x45xchange\x12\x18.allograft.wire.v1.Frame\x1a\x18.allograft.wire.v1.Frame2\xa6\x01\n\x12\x43oordinatorCourier\x12\x44\n\x04Next\x12\x1e.allograft.wire.v1.NextRequest\x1a\x1c.allograft.wire.v1.NextReply\x12J\n\x06Settle\x12 .allograft.wire.v1.SettleRequest\x1a\x1e.allograft.wire.v1.SettleReplyb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,17 +36,17 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_NODE']._serialized_start=93
   _globals['_NODE']._serialized_end=136
   _globals['_NEXTREQUEST']._serialized_start=138
-  _globals['_NEXTREQUEST']._serialized_end=192
-  _globals['_CALL']._serialized_start=194
-  _globals['_CALL']._serialized_end=275
-  _globals['_NEXTREPLY']._serialized_start=277
-  _globals['_NEXTREPLY']._serialized_end=328
-  _globals['_SETTLEREQUEST']._serialized_start=330
-  _globals['_SETTLEREQUEST']._serialized_end=435
-  _globals['_SETTLEREPLY']._serialized_start=437
-  _globals['_SETTLEREPLY']._serialized_end=450
-  _globals['_SITECOURIER']._serialized_start=452
-  _globals['_SITECOURIER']._serialized_end=529
-  _globals['_COORDINATORCOURIER']._serialized_start=532
-  _globals['_COORDINATORCOURIER']._serialized_end=698
+  _globals['_NEXTREQUEST']._serialized_end=209
+  _globals['_CALL']._serialized_start=211
+  _globals['_CALL']._serialized_end=308
+  _globals['_NEXTREPLY']._serialized_start=310
+  _globals['_NEXTREPLY']._serialized_end=361
+  _globals['_SETTLEREQUEST']._serialized_start=363
+  _globals['_SETTLEREQUEST']._serialized_end=468
+  _globals['_SETTLEREPLY']._serialized_start=470
+  _globals['_SETTLEREPLY']._serialized_end=483
+  _globals['_SITECOURIER']._serialized_start=485
+  _globals['_SITECOURIER']._serialized_end=562
+  _globals['_COORDINATORCOURIER']._serialized_start=565
+  _globals['_COORDINATORCOURIER']._serialized_end=731
 # @@protoc_insertion_point(module_scope)

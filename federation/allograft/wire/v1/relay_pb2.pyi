@@ -78,16 +78,22 @@ class NextRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     ONLINE_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
+    session: _builtins.str
+    """Random, one per ServerApp process. A new session means that the calls of
+    the one before are lost; they are made again.
+    """
     @_builtins.property
     def online(self) -> _containers.RepeatedCompositeFieldContainer[Global___Node]: ...
     def __init__(
         self,
         *,
         online: _abc.Iterable[Global___Node] | None = ...,
+        session: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["online", b"online"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["online", b"online", "session", b"session"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -102,8 +108,11 @@ class Call(_message.Message):
     CALL_ID_FIELD_NUMBER: _builtins.int
     NODE_ID_FIELD_NUMBER: _builtins.int
     FRAME_FIELD_NUMBER: _builtins.int
+    METHOD_FIELD_NUMBER: _builtins.int
     call_id: _builtins.str
     node_id: _builtins.int
+    method: _builtins.str
+    """poll, take or put: chooses the message type, binds nothing."""
     @_builtins.property
     def frame(self) -> Global___Frame: ...
     def __init__(
@@ -112,10 +121,11 @@ class Call(_message.Message):
         call_id: _builtins.str = ...,
         node_id: _builtins.int = ...,
         frame: Global___Frame | None = ...,
+        method: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["frame", b"frame"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "frame", b"frame", "node_id", b"node_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["call_id", b"call_id", "frame", b"frame", "method", b"method", "node_id", b"node_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
