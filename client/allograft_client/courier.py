@@ -16,6 +16,7 @@ from flwr.clientapp import ClientApp
 
 from allograft.errors import RejectedError, UnavailableError
 from allograft.limits import LIMITS
+from allograft.relay.app import BODY, ENVELOPE, MESSAGE_TYPES, RECORD, STYPE
 from allograft.wire.v1 import relay_pb2, relay_pb2_grpc
 
 #: Key of the SuperNode's node configuration that names the daemon's socket.
@@ -41,11 +42,7 @@ def _door(socket_path: str) -> relay_pb2_grpc.SiteCourierStub:
 def to_record(frame: relay_pb2.Frame) -> RecordDict:
     """A frame as Flower carries it: two arrays of bytes that Flower does not interpret."""
     return RecordDict(
-        {
-            "frame": ArrayRecord(
-                {"envelope": _to_array(frame.envelope), "body": _to_array(frame.body)}
-            )
-        }
+        {RECORD: ArrayRecord({ENVELOPE: _to_array(frame.envelope), BODY: _to_array(frame.body)})}
     )
 
 
@@ -55,14 +52,14 @@ def from_record(content: RecordDict) -> relay_pb2.Frame:
     Raises:
         RejectedError: AG-RLY-001 if the message has another shape.
     """
-    record = content.array_records.get("frame")
-    if record is None or set(record) != {"envelope", "body"} or len(content) != 1:
+    record = content.array_records.get(RECORD)
+    if record is None or set(record) != {ENVELOPE, BODY} or len(content) != 1:
         raise RejectedError("AG-RLY-001", "a Flower message does not hold one frame")
-    return relay_pb2.Frame(envelope=record["envelope"].data, body=record["body"].data)
+    return relay_pb2.Frame(envelope=record[ENVELOPE].data, body=record[BODY].data)
 
 
 def _to_array(content: bytes) -> Array:
-    return Array(dtype="uint8", shape=(len(content),), stype="opaque", data=content)
+    return Array(dtype="uint8", shape=(len(content),), stype=STYPE, data=content)
 
 
 def carry(message: Message, context: Context) -> Message:
@@ -80,5 +77,5 @@ def carry(message: Message, context: Context) -> Message:
     return Message(to_record(answer), reply_to=message)
 
 
-for action in ("poll", "take", "put"):
-    app.query(action)(carry)
+for message_type in MESSAGE_TYPES.values():
+    app.query(message_type.removeprefix("query."))(carry)
