@@ -25,6 +25,7 @@ from typing import IO, Literal
 import numpy as np
 import numpy.typing as npt
 
+from allograft.crypto import canonical
 from allograft.durable import durable_file, storage_errors
 from allograft.errors import RejectedError
 from allograft.packet.tensors import (
@@ -113,6 +114,17 @@ def rebuild_file(
     if target.stat().st_size != written.file_bytes:
         raise RejectedError("AG-PRV-040", "the rebuilt file has another size than its table")
     return PayloadPart(target.name, written.file_bytes, hash_file(target))
+
+
+def with_wire_dtype(
+    facts: Mapping[str, canonical.Json], wire_dtype: WireDtype
+) -> dict[str, canonical.Json]:
+    """The facts of an extract as they are true of the rebuilt payload.
+
+    Facts that name a tensor type (`dtype`, as torch spells it) must name the wire's.
+    """
+    named = {"bf16": "bfloat16", "f32": "float32"}[wire_dtype]
+    return dict(facts) | ({"dtype": named} if "dtype" in facts else {})
 
 
 def hash_file(path: Path) -> str:

@@ -17,7 +17,10 @@ from pathlib import Path
 
 import numpy as np
 
+from allograft.crypto import canonical
 from allograft.errors import RejectedError
+from allograft.packet.adapter import read_adapter_settings
+from allograft.packet.kinds import find_kind
 from allograft.packet.tensors import LOCAL_RULES, TensorEntry, read_table, read_tensor
 from allograft.privacy.egress import AllowedTensor, AllowList
 
@@ -94,6 +97,21 @@ def _family(directory: Path) -> str:
         raise RejectedError(
             "AG-PRV-042", f"the base has no readable config.json: {type(error).__name__}"
         ) from error
+
+
+def allow_list(kind: str, facts: Mapping[str, canonical.Json], base: BaseTensors) -> AllowList:
+    """The tensors that a packet of a kind may hold, by the typed facts of its statement.
+
+    Raises:
+        RejectedError: AG-PKT-001 for an unknown kind, AG-PKT-009 or AG-IN-003 for malformed facts,
+            AG-PRV-040 for facts that do not fit the base.
+    """
+    name = find_kind(kind).name
+    if name == "lora":
+        settings = read_adapter_settings(facts)
+        return lora_tensors(base, settings.target_modules, settings.rank)
+    source, count = canonical.as_int(facts.get("source")), canonical.as_int(facts.get("blocks"))
+    return organ_tensors(base, source, count)
 
 
 def organ_tensors(base: BaseTensors, source: int, count: int) -> AllowList:
