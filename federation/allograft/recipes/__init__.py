@@ -1,1 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Recipes: how each kind of packet is made, checked, fitted, attached and taken off.
+
+- `base`: the Recipe protocol, the values between its verbs, the registry of kinds. No tensors.
+- `facts`: what a statement says about the weights of each kind. No tensors either.
+- `organ`, `lora`: the two kinds that ship.
+- `blocks`, `patch`: the two ways to change a model: inserted blocks, low-rank changes of weights.
+- `attachment`, `stack`, `export`: fitted packets on disk, on a model, and as ordinary snapshots.
+- `text`, `snapshot`: documents to token windows; model directories to models, and their digest.
+- `loop`, `prefix`: the one training loop, and cached outputs of frozen lower blocks.
+"""

@@ -47,6 +47,7 @@ class ModelShape:
 
     `rope` is the canonical JSON of the rotary parameters (empty for learned positions): blocks
     carry no positions of their own, so a different rotation silently changes what they attend to.
+    `sliding_window` is 0 where no block slides.
     """
 
     family: str
@@ -59,6 +60,7 @@ class ModelShape:
     intermediate: int
     rope: str
     layer_types: tuple[str, ...]
+    sliding_window: int
 
     def to_json(self) -> dict[str, canonical.Json]:
         """The shape as a JSON object."""
@@ -73,6 +75,7 @@ class ModelShape:
             "intermediate": self.intermediate,
             "rope": self.rope,
             "layer_types": list(self.layer_types),
+            "sliding_window": self.sliding_window,
         }
 
     @classmethod
@@ -96,6 +99,7 @@ class ModelShape:
             intermediate=canonical.as_int(fields["intermediate"]),
             rope=canonical.as_text(fields["rope"]),
             layer_types=tuple(canonical.as_text(entry) for entry in types),
+            sliding_window=canonical.as_int(fields["sliding_window"]),
         )
 
 
@@ -215,6 +219,7 @@ class Payload:
     """An opened, digest-checked payload directory with the facts from its statement."""
 
     kind: str
+    packet_id: str
     directory: Path
     facts: Mapping[str, canonical.Json]
 
@@ -263,9 +268,13 @@ class Handle(Protocol):
 
 
 class Recipe(Protocol):
-    """The five verbs of one kind of packet."""
+    """The five verbs of one kind of packet, and the codec of its facts."""
 
     kind: str
+
+    def read_facts(self, value: canonical.Json) -> Facts:
+        """Read the facts of this kind from a statement."""
+        ...
 
     def extract(self, donor: Donor, plan: Plan) -> Extract:
         """Train at the donor; write the payload and return it with its facts."""

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the signed statement of a packet says about its weights, per kind, with the cross-checks.
+
+Invariant: facts that exist are consistent; a recipient never computes with a position, a type or a
+rank that contradicts the shape beside it. Free of tensor libraries, so that offline tools can
+read statements. See protos/spec/recipes.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from allograft.crypto import canonical
+from allograft.errors import RejectedError
+from allograft.packet.adapter import AdapterSettings, check_adapter_settings, read_adapter_settings
+from allograft.recipes.base import ModelShape
+
+#: How a dose acts on an organ; stated in the facts so that no reader has to guess.
+DOSE_RULE = "residual-branches"
+
+#: Element types that payloads may have; the same as in packet/tensors.
+DTYPES = frozenset({"float32", "bfloat16", "float16"})
+
+
+@dataclass(frozen=True, slots=True)
+class OrganFacts:
+    """What a recipient must know before it opens an organ.
+
+    `layer_types` repeats the types of the source blocks (empty where the family has none): a block
+    computed with another type's mask runs without an error and is wrong.
+    """
+
+    shape: ModelShape
+    blocks: int
+    source: int
+    position: int
+    layer_types: tuple[str, ...]
+    dtype: str
+    dose_rule: str = DOSE_RULE
+
+    def __post_init__(self) -> None:
+        depth = self.shape.layers
+        inside = 1 <= self.blocks <= depth and self.source + self.blocks <= depth
+        if not inside or self.position > depth:
+            raise RejectedError("AG-RCP-002", "the organ lies outside its base")
+        types = self.shape.layer_types[self.source : self.source + self.blocks]
+        if types != self.layer_types or self.dose_rule != DOSE_RULE or self.dtype not in DTYPES:
+            raise RejectedError("AG-RCP-002", "the organ's types, dose rule or dtype are unknown")
+
+    def to_json(self) -> dict[str, canonical.Json]:
+        """The facts as a JSON object."""
+        return {
+            "shape": self.shape.to_json(),
+            "blocks": self.blocks,
+            "source": self.source,
+            "position": self.position,
+            "layer_types": list(self.layer_types),
+            "dtype": self.dtype,
+            "dose_rule": self.dose_rule,
+        }
+
+    @classmethod
+    def from_json(cls, value: canonical.Json) -> OrganFacts:
+        """Read and check the facts.
+
+        Raises:
+            RejectedError: AG-IN-003 if malformed, AG-RCP-002 if they contradict each other.
+        """
+        fields = canonical.as_object(value, cls.__dataclass_fields__.keys())
+        types = canonical.as_list(fields["layer_types"])
+        return cls(
+            shape=ModelShape.from_json(fields["shape"]),
+            blocks=canonical.as_int(fields["blocks"]),
+            source=canonical.as_int(fields["source"]),
+            position=canonical.as_int(fields["position"]),
+            layer_types=tuple(canonical.as_text(entry) for entry in types),
+            dtype=canonical.as_text(fields["dtype"]),
+            dose_rule=canonical.as_text(fields["dose_rule"]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LoraFacts:
+    """What a recipient must know before it opens a LoRA adapter.
+
+    Rank, alpha and target modules are all that PEFT's configuration is rebuilt from. Targets are
+    last components of module names (`q_proj`); a name that occurs twice in a block means both.
+    """
+
+    shape: ModelShape
+    rank: int
+    alpha: float
+    target_modules: tuple[str, ...]
+    dtype: str
+    peft_version: str
+
+    def __post_init__(self) -> None:
+        check_adapter_settings(self.settings)
+        if self.dtype not in DTYPES:
+            raise RejectedError("AG-RCP-002", "the adapter's dtype is unknown")
+
+    @property
+    def settings(self) -> AdapterSettings:
+        """The part that goes into a rebuilt PEFT configuration."""
+        return AdapterSettings(self.rank, self.alpha, self.target_modules)
+
+    def to_json(self) -> dict[str, canonical.Json]:
+        """The facts as a JSON object."""
+        return {
+            "shape": self.shape.to_json(),
+            "rank": self.rank,
+            "alpha": self.alpha,
+            "target_modules": list(self.target_modules),
+            "dtype": self.dtype,
+            "peft_version": self.peft_version,
+        }
+
+    @classmethod
+    def from_json(cls, value: canonical.Json) -> LoraFacts:
+        """Read and check the facts.
+
+        Raises:
+            RejectedError: AG-IN-003 if malformed, AG-PKT-009 or AG-RCP-002 if out of bounds.
+        """
+        fields = canonical.as_object(value, cls.__dataclass_fields__.keys())
+        settings = read_adapter_settings(fields)
+        return cls(
+            shape=ModelShape.from_json(fields["shape"]),
+            rank=settings.rank,
+            alpha=settings.alpha,
+            target_modules=settings.target_modules,
+            dtype=canonical.as_text(fields["dtype"]),
+            peft_version=canonical.as_text(fields["peft_version"]),
+        )

@@ -1,0 +1,257 @@
+# SPDX-License-Identifier: Apache-2.0
+"""LoRA: low-rank changes to linear modules, in PEFT's own file format.
+
+PEFT trains the adapter; the payload is the file `PeftModel.from_pretrained` reads, next to a
+configuration that each recipient rebuilds from the signed facts. Attaching does not go through
+PEFT: it keys adapters by block index, and after an organ has been inserted an index means another
+block, without any error. Here block n is the base's own block n, whatever stands around it, and
+the change is written into the weight, so the model stays a stock one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import nn
+from transformers import PreTrainedModel
+
+from allograft.crypto import canonical
+from allograft.durable import durable_write
+from allograft.errors import RejectedError
+from allograft.recipes import blocks as surgery
+from allograft.recipes.attachment import DTYPES, read_tensors
+from allograft.recipes.base import (
+    Attachment,
+    Declaration,
+    Donor,
+    Extract,
+    LoraPlan,
+    ModelCard,
+    Payload,
+    Plan,
+    Recipient,
+    Verdict,
+    check_base,
+)
+from allograft.recipes.facts import LoraFacts
+from allograft.recipes.loop import SNAPSHOT, LoopPlan, train
+from allograft.recipes.patch import (
+    Change,
+    has_attachments,
+    is_patched,
+    matrix_shape,
+    patch,
+    unpatch,
+)
+
+PAYLOAD = "adapter_model.safetensors"
+
+_PEFT_PREFIX = "base_model.model."
+
+
+class LoraHandle:
+    """A LoRA adapter at work: changes in the weights of a model."""
+
+    def __init__(self, attachment: Attachment, model: PreTrainedModel) -> None:
+        self.attachment = attachment
+        self.model = model
+
+    def set_dose(self, dose: float) -> None:
+        """Scale the change of every target matrix."""
+        if not 0.0 <= dose <= 1.0:
+            raise RejectedError("AG-RCP-021", "a dose lies between 0 and 1")
+        self.attachment = replace(self.attachment, dose=dose)
+        _write_changes(self.attachment, self.model)
+
+
+class LoraRecipe:
+    """Makes, fits, applies and removes LoRA adapters."""
+
+    kind = "lora"
+    read_facts = staticmethod(LoraFacts.from_json)
+
+    def extract(self, donor: Donor, plan: Plan) -> Extract:
+        """Train an adapter with PEFT and write it.
+
+        Raises:
+            RejectedError: AG-PKT-009 or AG-RCP-021 for bad settings, AG-RCP-022 if the model
+                already carries attachments, and those of `train`.
+        """
+        facts = _plan_facts(donor.model, plan.recipe)
+        with _adapted(donor.model, facts, plan.loop) as (parameters, names):
+            report = _train_adapter(donor, plan.loop, parameters)
+            tensors = {
+                names[name]: value.detach().to("cpu", DTYPES[facts.dtype]).contiguous()
+                for name, value in parameters.items()
+            }
+        path = donor.workdir / PAYLOAD
+        durable_write(path, save(tensors))
+        (donor.workdir / SNAPSHOT).unlink(missing_ok=True)
+        return Extract(self.kind, (path,), facts, report)
+
+    def check(self, statement: Declaration, model_card: ModelCard) -> Verdict:
+        """Accept adapters made on this base or on a relative of it."""
+        return check_base(statement, LoraFacts.from_json(dict(statement.facts)), model_card)
+
+    def fit(self, payload: Payload, recipient: Recipient) -> Attachment:
+        """Read an adapter strictly against the recipient's own matrices.
+
+        Raises:
+            RejectedError: AG-PKT-009 or AG-RCP-010 if the facts do not fit, AG-RCP-003 if the
+                tensors do not.
+        """
+        facts = LoraFacts.from_json(dict(payload.facts))
+        if surgery.base_shape(recipient.model) != facts.shape:
+            raise RejectedError("AG-RCP-010", "the adapter was made on a model of another shape")
+        transposed = surgery.FAMILIES[facts.shape.family].transposed
+        expected: dict[str, tuple[int, ...]] = {}
+        for name, module in _targets(recipient.model, facts).items():
+            outputs, inputs = matrix_shape(module, transposed)
+            expected[f"{name}.lora_A.weight"] = (facts.rank, inputs)
+            expected[f"{name}.lora_B.weight"] = (outputs, facts.rank)
+        tensors = read_tensors(payload.directory / PAYLOAD, expected, DTYPES[facts.dtype])
+        return Attachment(self.kind, payload.packet_id, facts, tensors)
+
+    def attach(self, attachment: Attachment, model: PreTrainedModel) -> LoraHandle:
+        """Write an adapter's changes into the base's own blocks at its dose.
+
+        Raises:
+            RejectedError: AG-RCP-021 for a bad dose, AG-RCP-023 if it is already attached.
+        """
+        facts = _facts_of(attachment)
+        owner = attachment.attachment_id
+        if any(is_patched(module, owner) for module in _targets(model, facts).values()):
+            raise RejectedError("AG-RCP-023", "the attachment is already on this model")
+        handle = LoraHandle(attachment, model)
+        handle.set_dose(attachment.dose)
+        return handle
+
+    def detach(self, handle: LoraHandle) -> None:
+        """Take an adapter's changes out of the weights.
+
+        Raises:
+            RejectedError: AG-RCP-023 if it is not attached.
+        """
+        facts = _facts_of(handle.attachment)
+        for module in _targets(handle.model, facts).values():
+            unpatch(module, handle.attachment.attachment_id)
+
+
+def target_linears(family: str, target_modules: tuple[str, ...]) -> tuple[str, ...]:
+    """The full names inside a block of an adapter's targets; every linear one for no targets.
+
+    Raises:
+        RejectedError: AG-RCP-020 for an unknown family, AG-RCP-021 for a target it does not have.
+    """
+    known = surgery.FAMILIES.get(family)
+    if known is None:
+        raise RejectedError("AG-RCP-020", f"family {family[:40]!r} is not known")
+    last = {name.rpartition(".")[2] for name in known.linears}
+    if not set(target_modules) <= last:
+        raise RejectedError("AG-RCP-021", "an adapter targets modules that the family lacks")
+    chosen = set(target_modules) or last
+    return tuple(name for name in known.linears if name.rpartition(".")[2] in chosen)
+
+
+def _plan_facts(model: PreTrainedModel, plan: object) -> LoraFacts:
+    if not isinstance(plan, LoraPlan):
+        raise RejectedError("AG-RCP-035", "a LoRA adapter needs a LoRA plan")
+    if has_attachments(model):
+        raise RejectedError("AG-RCP-022", "an adapter is trained on the plain base")
+    shape = surgery.describe_model(model.config)
+    linears = target_linears(shape.family, plan.target_modules)
+    last = sorted({name.rpartition(".")[2] for name in linears})
+    dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return LoraFacts(shape, plan.rank, plan.alpha, tuple(last), dtype, version("peft"))
+
+
+def _facts_of(attachment: Attachment) -> LoraFacts:
+    assert isinstance(attachment.facts, LoraFacts)
+    return attachment.facts
+
+
+def _targets(model: PreTrainedModel, facts: LoraFacts) -> dict[str, nn.Module]:
+    """Target modules of the base's own blocks, by the names PEFT gives them in the plain base."""
+    family = surgery.find_family(model.config)
+    prefix = f"{_PEFT_PREFIX}{family.trunk}.{family.blocks}"
+    return {
+        f"{prefix}.{number}.{linear}": block.get_submodule(linear)
+        for number, block in enumerate(surgery.base_blocks(model))
+        for linear in target_linears(facts.shape.family, facts.target_modules)
+    }
+
+
+def _write_changes(attachment: Attachment, model: PreTrainedModel) -> None:
+    facts = _facts_of(attachment)
+    transposed = surgery.find_family(model.config).transposed
+    scale = attachment.dose * facts.alpha / facts.rank
+    for name, module in _targets(model, facts).items():
+        a = attachment.tensors[f"{name}.lora_A.weight"]
+        b = attachment.tensors[f"{name}.lora_B.weight"]
+        patch(module, attachment.attachment_id, Change(a, b, scale, transposed))
+
+
+@contextlib.contextmanager
+def _adapted(
+    model: PreTrainedModel, facts: LoraFacts, plan: LoopPlan
+) -> Iterator[tuple[dict[str, nn.Parameter], dict[str, str]]]:
+    """The base with PEFT's adapter in it, which alone can learn; the plain base afterwards.
+
+    Yields:
+        The adapter's parameters, and the name of each in PEFT's file format.
+    """
+    import peft  # Nine seconds; only a donor that trains an adapter pays them.
+
+    settings = peft.LoraConfig(
+        r=facts.rank,
+        lora_alpha=facts.alpha,
+        target_modules=list(facts.target_modules),
+        lora_dropout=0.0,
+        bias="none",
+        fan_in_fan_out=surgery.FAMILIES[facts.shape.family].transposed,
+        task_type="CAUSAL_LM",
+    )
+    learning = [(value, value.requires_grad) for value in model.parameters()]
+    modes = [(module, module.training) for module in model.modules()]
+    with torch.random.fork_rng():
+        torch.manual_seed(plan.seed)
+        # The tuner alone, without PeftModel's wrapper: what we need is the adapted modules.
+        tuner: Any = peft.LoraModel(model, settings, "default")
+    model.eval()
+    try:
+        parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        names = {n: _PEFT_PREFIX + n.replace(".default.", ".") for n in parameters}
+        with surgery.checkpointed(model, plan.checkpointing):
+            yield parameters, names
+    finally:
+        tuner.unload()
+        for value, flag in learning:
+            value.requires_grad_(flag)
+        for module, mode in modes:
+            module.training = mode
+
+
+def _train_adapter(
+    donor: Donor, plan: LoopPlan, parameters: Mapping[str, nn.Parameter]
+) -> dict[str, canonical.Json]:
+    def forward(_numbers: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = donor.model(input_ids=tokens, use_cache=False).logits
+        return logits
+
+    snapshot = donor.workdir / SNAPSHOT
+    training = train(
+        forward, parameters, donor.windows, plan, snapshot=snapshot, progress=donor.progress
+    )
+    return {
+        "trainable_parameters": sum(value.numel() for value in parameters.values()),
+        "first_loss": training.losses[0],
+        "last_loss": training.losses[-1],
+        "seconds": round(training.seconds, 3),
+        "resumed_at": training.resumed_at,
+    }

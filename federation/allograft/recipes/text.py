@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Private text in, windows of tokens out.
+
+Invariant: nothing crosses a document. Documents are deduplicated and split *before* they are cut
+into windows, and tokenised one at a time: a split by window would put halves of one document on
+both sides, and one very long string can take a tokenizer many minutes.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import random
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from allograft.errors import RejectedError
+
+#: Characters of the normalised beginning by which two documents count as near-duplicates.
+PREFIX_CHARS = 100
+
+#: A longer document is tokenised in pieces that end at white space.
+_PIECE_CHARS = 20_000
+
+_SEPARATOR = "<|endoftext|>"
+_PAIRS = (("prompt", "completion"), ("question", "answer"))
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One unit of text: one patient letter, one answer, one contract.
+
+    `prompt` is the question's part where there is one. It is trained on like the rest; it is kept
+    apart because answers repeat under different questions.
+    """
+
+    body: str
+    prompt: str = ""
+
+    @property
+    def text(self) -> str:
+        """The whole text."""
+        return f"{self.prompt}\n{self.body}" if self.prompt else self.body
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Windows:
+    """Token windows of one length.
+
+    Shapes: `tokens` [n, length] with padding on the right, `lengths` [n] (real tokens, at least
+    2), `documents` [n] (which document a window begins in). `text_bytes` counts UTF-8 bytes of
+    all text, for bits per byte.
+    """
+
+    tokens: torch.Tensor
+    lengths: torch.Tensor
+    documents: torch.Tensor
+    text_bytes: int
+
+    def __len__(self) -> int:
+        return int(self.tokens.shape[0])
+
+    def digest(self) -> str:
+        """SHA-256 over all tokens and lengths."""
+        whole = hashlib.sha256(repr(tuple(self.tokens.shape)).encode())
+        whole.update(self.tokens.contiguous().numpy().tobytes())
+        whole.update(self.lengths.contiguous().numpy().tobytes())
+        return whole.hexdigest()
+
+
+def read_documents(path: Path) -> list[Document]:
+    """Read a text file into documents, dropping empty ones.
+
+    `.jsonl` holds one JSON object per line with `text`, `prompt`+`completion` or
+    `question`+`answer`. Any other file is plain text: documents are separated by `<|endoftext|>`
+    where that occurs, and by blank lines otherwise. Either may be gzip-compressed (`.gz`).
+
+    Raises:
+        RejectedError: AG-RCP-031 if unreadable, AG-RCP-030 if nothing is in it.
+    """
+    text = _read_text(path)
+    stem = path.name.removesuffix(".gz")
+    if stem.endswith(".jsonl"):
+        found = [_read_record(number, line) for number, line in enumerate(text.split("\n"), 1)]
+        documents = [document for document in found if document is not None]
+    else:
+        cuts = text.split(_SEPARATOR) if _SEPARATOR in text else re.split(r"\n\s*\n", text)
+        documents = [Document(cut.strip()) for cut in cuts]
+    documents = [document for document in documents if document.body.strip()]
+    if not documents:
+        raise RejectedError("AG-RCP-030", "the file holds no text")
+    return documents
+
+
+def _read_text(path: Path) -> str:
+    try:
+        content = path.read_bytes()
+        if path.suffix == ".gz":
+            content = gzip.decompress(content)
+        return content.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise RejectedError("AG-RCP-031", f"not UTF-8 at byte {error.start}") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise RejectedError("AG-RCP-031", f"cannot read it: {type(error).__name__}") from error
+
+
+def _read_record(number: int, line: str) -> Document | None:
+    if not line.strip():
+        return None
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise RejectedError("AG-RCP-031", f"line {number} is not JSON") from error
+    if not isinstance(record, dict):
+        raise RejectedError("AG-RCP-031", f"line {number} is not a JSON object")
+    if isinstance(record.get("text"), str):
+        return Document(record["text"])
+    for first, second in _PAIRS:
+        if isinstance(record.get(first), str) and isinstance(record.get(second), str):
+            return Document(record[second], record[first])
+    raise RejectedError("AG-RCP-031", f"line {number} has none of the known text fields")
+
+
+def drop_near_duplicates(documents: Sequence[Document]) -> list[Document]:
+    """Keep the first of the documents whose bodies begin alike.
+
+    Answers share templates and whole paragraphs across questions; without this, held-out figures
+    measure memory.
+    """
+    seen: set[str] = set()
+    kept = []
+    for document in documents:
+        key = " ".join(document.body.lower().split())[:PREFIX_CHARS]
+        if key not in seen:
+            seen.add(key)
+            kept.append(document)
+    return kept
+
+
+def split_documents(
+    documents: Sequence[Document], held_out: float, seed: int = 0
+) -> tuple[list[Document], list[Document]]:
+    """Split near-duplicate-free documents into training and held-out ones.
+
+    Args:
+        documents: All documents.
+        held_out: Fraction that is held out, at least one document.
+        seed: Same seed and documents, same split.
+
+    Raises:
+        RejectedError: AG-RCP-030 with fewer than two distinct documents.
+    """
+    unique = drop_near_duplicates(documents)
+    if len(unique) < 2:
+        raise RejectedError("AG-RCP-030", "fewer than two distinct documents")
+    order = list(range(len(unique)))
+    random.Random(seed).shuffle(order)  # noqa: S311  (a split, not a secret)
+    count = min(max(1, round(held_out * len(unique))), len(unique) - 1)
+    held = set(order[:count])
+    train = [document for index, document in enumerate(unique) if index not in held]
+    return train, [unique[index] for index in sorted(held)]
+
+
+def make_windows(
+    documents: Sequence[Document], tokenizer: Any, length: int, *, packed: bool = False
+) -> Windows:
+    """Cut documents into windows of `length` tokens.
+
+    Args:
+        documents: Already split.
+        tokenizer: A transformers tokenizer.
+        length: Tokens per window, at least 2.
+        packed: Join documents end to end, which wastes no padding but lets a window span several
+            documents. For training without a per-document privacy unit, and never for evaluation.
+
+    Raises:
+        RejectedError: AG-RCP-030 if no window results, AG-RCP-035 for a length below 2.
+    """
+    if length < 2:
+        raise RejectedError("AG-RCP-035", "a window needs at least two tokens")
+    rows: list[list[int]] = []
+    owners: list[int] = []
+    stream: list[int] = []
+    for number, document in enumerate(documents):
+        stream += _tokenize(document.text, tokenizer)
+        whole = len(stream) // length * length if packed else len(stream)
+        for start in range(0, whole, length):
+            rows.append(stream[start : start + length])
+            owners.append(number)
+        stream = stream[whole:] if packed else []
+    if stream:
+        rows.append(stream)
+        owners.append(len(documents) - 1)
+    usable = [(row, owner) for row, owner in zip(rows, owners, strict=True) if len(row) >= 2]
+    if not usable:
+        raise RejectedError("AG-RCP-030", "the documents are too short for a single window")
+    tokens = torch.zeros(len(usable), length, dtype=torch.int64)
+    for index, (row, _) in enumerate(usable):
+        tokens[index, : len(row)] = torch.tensor(row)
+    return Windows(
+        tokens=tokens,
+        lengths=torch.tensor([len(row) for row, _ in usable]),
+        documents=torch.tensor([owner for _, owner in usable]),
+        text_bytes=sum(len(document.text.encode()) for document in documents),
+    )
+
+
+def _tokenize(text: str, tokenizer: Any) -> list[int]:
+    """A document's tokens, with the tokenizer's own special tokens and an end mark."""
+    ids: list[int] = []
+    for index, piece in enumerate(_pieces(text)):
+        ids += tokenizer.encode(piece, add_special_tokens=index == 0, verbose=False)
+    end = tokenizer.eos_token_id
+    if end is not None and (not ids or ids[-1] != end):
+        ids.append(end)
+    return ids
+
+
+def _pieces(text: str) -> Iterator[str]:
+    while len(text) > _PIECE_CHARS:
+        cut = max(text.rfind(mark, 1, _PIECE_CHARS) for mark in ("\n", " "))
+        cut = cut if cut > 0 else _PIECE_CHARS
+        yield text[:cut]
+        text = text[cut:]
+    yield text
