@@ -281,6 +281,55 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
             "a tensor file's header is not in canonical form",
             "Write the file again with the safetensors library: other spellings could hide data.",
         ),
+        # --- AG-PRO: statements, dispatches and lineage ---
+        "AG-PRO-001": ErrorCode(
+            "a statement is malformed",
+            "Ask its author for a fresh one; the fields are listed in protos/spec/packet.md.",
+        ),
+        "AG-PRO-002": ErrorCode(
+            "a statement is about something else than expected",
+            "Ask the donor for a new packet; a statement counts for its own subjects only.",
+        ),
+        "AG-PRO-003": ErrorCode(
+            "a dispatch is not addressed to this site",
+            "Nothing to do here: it was misrouted. If you expect the packet, ask its donor.",
+        ),
+        "AG-PRO-004": ErrorCode(
+            "a packet or dispatch is past its last day",
+            "Ask the donor for a new dispatch; also compare the clocks.",
+        ),
+        "AG-PRO-005": ErrorCode(
+            "a dispatch was received before",
+            "Nothing to do here: each dispatch is used once, repetitions are dropped.",
+        ),
+        "AG-PRO-006": ErrorCode(
+            "a dispatch and its files do not belong together",
+            "Ask for the dispatch again; if it persists, the coordinator mixes up packets.",
+        ),
+        "AG-PRO-007": ErrorCode(
+            "the log entry of a dispatch is about something else",
+            "Ask for the dispatch again; if it persists, tell the auditors.",
+        ),
+        "AG-PRO-008": ErrorCode(
+            "the attestations of a packet contradict each other or the dispatch",
+            "Ask the donor for a new packet.",
+        ),
+        "AG-PRO-009": ErrorCode(
+            "a statement is from the future, or its times are out of order",
+            "Compare the clocks of both machines.",
+        ),
+        "AG-PRO-010": ErrorCode(
+            "a packet may no longer be kept",
+            "Its retention has ended; revert it, or ask the donor for a new packet.",
+        ),
+        "AG-PRO-011": ErrorCode(
+            "a model directory cannot be identified",
+            "It needs config.json, a tokenizer, and each tensor once in *.safetensors files.",
+        ),
+        "AG-PRO-012": ErrorCode(
+            "two base models are no relatives",
+            "Weights only fit the base they were made on or its descendants; use a knowledge kind.",
+        ),
         # --- AG-RLY: relay between coordinator and sites ---
         "AG-RLY-001": ErrorCode(
             "a relay frame is malformed",
