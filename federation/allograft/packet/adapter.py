@@ -80,19 +80,22 @@ def check_adapter_settings(settings: AdapterSettings) -> AdapterSettings:
     return settings
 
 
-def render_adapter_config(settings: AdapterSettings, base_model: str = "") -> bytes:
+def render_adapter_config(
+    settings: AdapterSettings, base_model: str = "", *, transposed: bool = False
+) -> bytes:
     """Write the configuration that `PeftModel.from_pretrained` reads.
 
     Args:
         settings: Checked settings.
         base_model: The recipient's own name or path of its base; empty leaves it open.
+        transposed: Whether the base stores its matrices input-first (GPT-2).
     """
     document: dict[str, object] = {
         "alpha_pattern": {},
         "auto_mapping": None,
         "base_model_name_or_path": base_model or None,
         "bias": "none",
-        "fan_in_fan_out": False,
+        "fan_in_fan_out": transposed,
         "inference_mode": True,
         "init_lora_weights": True,
         "lora_alpha": settings.alpha,

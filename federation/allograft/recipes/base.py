@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from allograft.crypto import canonical
 from allograft.errors import RejectedError
+from allograft.recipes.plan import LoopPlan, Step
 
 if TYPE_CHECKING:
     import torch
 
-    from allograft.recipes.loop import LoopPlan, Step
     from allograft.recipes.text import Windows
 
 #: Kinds that ship with this package. A site's policy may allow more, by the name of an installed

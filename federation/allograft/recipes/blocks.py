@@ -246,7 +246,8 @@ def insert_blocks(
 ) -> None:
     """Insert blocks before base block `position` (or after the last one).
 
-    Blocks that other attachments inserted at the same position stay in front of the new ones.
+    Attachments at one position stand in the order of their ids, so a model depends on which
+    attachments it has and not on the order in which they came.
 
     Args:
         model: Changed in place.
@@ -260,11 +261,14 @@ def insert_blocks(
     """
     everything = model_blocks(model)
     own = base_blocks(model)
+    owners = [getattr(block, _OWNER, None) for block in everything]
     if not 0 <= position <= len(own):
         raise RejectedError("AG-RCP-021", f"position {position} in a base of {len(own)} blocks")
-    if any(getattr(block, _OWNER, None) == owner for block in everything):
+    if owner in owners:
         raise RejectedError("AG-RCP-023", "the attachment is already on this model")
-    at = len(everything) if position == len(own) else _index_of(everything, own[position])
+    at = 0 if position == 0 else _index_of(everything, own[position - 1]) + 1
+    while at < len(owners) and (earlier := owners[at]) is not None and earlier < owner:
+        at += 1
     types = layer_types(model)
     for block in blocks:
         setattr(block, _OWNER, owner)

@@ -40,7 +40,7 @@ from allograft.recipes.base import (
     check_base,
 )
 from allograft.recipes.facts import LoraFacts
-from allograft.recipes.loop import SNAPSHOT, LoopPlan, train
+from allograft.recipes.loop import SNAPSHOT, train
 from allograft.recipes.patch import (
     Change,
     has_attachments,
@@ -49,6 +49,7 @@ from allograft.recipes.patch import (
     patch,
     unpatch,
 )
+from allograft.recipes.plan import LoopPlan
 
 PAYLOAD = "adapter_model.safetensors"
 

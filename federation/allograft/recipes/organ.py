@@ -38,8 +38,9 @@ from allograft.recipes.base import (
     check_base,
 )
 from allograft.recipes.facts import OrganFacts
-from allograft.recipes.loop import SNAPSHOT, LoopPlan, train
+from allograft.recipes.loop import SNAPSHOT, train
 from allograft.recipes.patch import has_attachments
+from allograft.recipes.plan import LoopPlan
 from allograft.recipes.prefix import CacheBudget, choose_prefix, replayed_prefix
 
 PAYLOAD = "organ.safetensors"

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The attachments that a recipient keeps on one model.
+
+Invariant: the model's state follows from the set of attachments and their doses, not from the
+order in which they came or went; with none left it is the plain base, bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import replace
+
+import torch
+from transformers import PreTrainedModel
+
+from allograft.crypto import canonical
+from allograft.errors import RejectedError
+from allograft.recipes import blocks as surgery
+from allograft.recipes.attachment import attachment_digest
+from allograft.recipes.base import BUILT_IN_KINDS, Attachment, Handle, load_recipe
+from allograft.recipes.facts import OrganFacts
+
+
+class Stack:
+    """A model with the attachments that this stack put on it.
+
+    Args:
+        model: A plain base; changed in place by `attach` and `detach`.
+        allowed: Kinds whose recipes may be loaded.
+    """
+
+    def __init__(self, model: PreTrainedModel, allowed: frozenset[str] = BUILT_IN_KINDS) -> None:
+        self.model = model
+        self._allowed = allowed
+        self._handles: dict[str, Handle] = {}
+
+    @property
+    def attachments(self) -> tuple[Attachment, ...]:
+        """What is attached, by id."""
+        return tuple(self._handles[key].attachment for key in sorted(self._handles))
+
+    def attach(self, attachment: Attachment) -> Handle:
+        """Put an attachment on the model at its dose.
+
+        Raises:
+            RejectedError: AG-RCP-023 if it is already on it, and those of its recipe.
+        """
+        key = attachment.attachment_id
+        if key in self._handles:
+            raise RejectedError("AG-RCP-023", "the attachment is already on this model")
+        handle = load_recipe(attachment.kind, self._allowed).attach(attachment, self.model)
+        self._handles[key] = handle
+        return handle
+
+    def attach_all(self, attachments: Iterable[Attachment]) -> None:
+        """Put several attachments on the model, or none of them if one is refused.
+
+        Raises:
+            RejectedError: As `attach`.
+        """
+        done: list[str] = []
+        try:
+            for attachment in attachments:
+                self.attach(attachment)
+                done.append(attachment.attachment_id)
+        except RejectedError:
+            for key in done:
+                self.detach(key)
+            raise
+
+    def detach(self, attachment_id: str) -> None:
+        """Take an attachment off, whatever came before or after it.
+
+        Raises:
+            RejectedError: AG-RCP-023 if it is not on the model.
+        """
+        handle = self._handles.get(attachment_id)
+        if handle is None:
+            raise RejectedError("AG-RCP-023", "the attachment is not on this model")
+        load_recipe(handle.attachment.kind, self._allowed).detach(handle)
+        del self._handles[attachment_id]
+
+    def digest(self) -> str:
+        """SHA-256 (hex) that names this set of attachments at their doses."""
+        return stack_digest(self.attachments)
+
+
+def stack_digest(attachments: Iterable[Attachment]) -> str:
+    """The digest of a set of attachments, without a model."""
+    digests = sorted(attachment_digest(attachment) for attachment in attachments)
+    return hashlib.sha256(canonical.dumps(list(digests))).hexdigest()
+
+
+def null_packet(attachment: Attachment, model: PreTrainedModel, seed: int) -> Attachment:
+    """Noise that looks like an attachment: what any change of this size would do to a model.
+
+    Each tensor moves away from where its training began by noise of the same Frobenius norm, so
+    gain that the null shows too is gain that has nothing to do with the donor's text.
+
+    Args:
+        attachment: What to imitate.
+        model: The recipient's model, whose blocks an organ began as copies of.
+        seed: Same seed, same noise.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    start = _starting_point(attachment, model)
+    tensors = {}
+    for name, value in sorted(attachment.tensors.items()):
+        origin = start.get(name, torch.zeros_like(value)).to(torch.float32)
+        size = float((value.to(torch.float32) - origin).norm())
+        noise = torch.randn(value.shape, generator=generator)
+        noise *= size / max(float(noise.norm()), 1e-30)
+        tensors[name] = (origin + noise).to(value.dtype)
+    key = f"null-{attachment.attachment_id}"
+    return replace(attachment, attachment_id=key, tensors=tensors)
+
+
+def _starting_point(attachment: Attachment, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """What training began from: silenced copies for an organ, nothing for other kinds.
+
+    A LoRA's A matrix does begin as noise, but as noise of a seed that only the donor knows.
+    """
+    facts = attachment.facts
+    if not isinstance(facts, OrganFacts):
+        return {}
+    family = surgery.find_family(model.config)
+    start = {}
+    for number, block in enumerate(surgery.copy_blocks(model, facts.source, facts.blocks)):
+        surgery.silence(family, block)
+        for name, value in block.state_dict().items():
+            start[f"blocks.{number}.{name}"] = value.to("cpu")
+    return start
