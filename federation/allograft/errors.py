@@ -580,11 +580,11 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
             "Run the trial again; reports are written by the trial only.",
         ),
         # --- AG-DEM: text and models of the demo ---
-        "AG-DEM-001": ErrorCode(
+        "AG-DEM-010": ErrorCode(
             "a text file given to the demo is unusable",
             "Give UTF-8 text or JSONL with a `text` field, at least a few hundred documents.",
         ),
-        "AG-DEM-002": ErrorCode(
+        "AG-DEM-011": ErrorCode(
             "the base model given to the demo is unusable",
             "Give a local directory of a causal language model with its tokenizer.",
         ),
