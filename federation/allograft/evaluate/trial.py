@@ -34,12 +34,10 @@ from allograft.evaluate.loss import Prepared, Scoring, measure, pad_batch, prepa
 from allograft.evaluate.report import DocumentCounts, TrialReport
 from allograft.recipes.base import DOSES, Attachment, Recipe
 from allograft.recipes.snapshot import state_digest
+from allograft.recipes.stack import null_packet
 
 _PROBE_ROWS = 4
 _PROBE_TOKENS = 64
-
-#: Makes noise of a packet's norm: (attachment, seed) to an attachment of the same shape.
-MakeNull = Callable[[Attachment, int], Attachment]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +81,6 @@ def run_trial(
     subject: Subject,
     text: OwnText,
     plan: TrialPlan,
-    make_null: MakeNull,
     progress: Callable[[TrialStep], None] | None = None,
 ) -> TrialReport:
     """Try an attachment at every dose and judge it.
@@ -94,7 +91,7 @@ def run_trial(
         RejectedError: AG-EVA-001 too little text, AG-EVA-002 a loss is not finite, AG-EVA-003
             the model was not restored.
     """
-    return _Trial(subject, text, plan, make_null, progress).run()
+    return _Trial(subject, text, plan, progress).run()
 
 
 def split_text(texts: Sequence[str], seed: int) -> tuple[list[str], list[str]]:
@@ -171,12 +168,10 @@ class _Trial:
         subject: Subject,
         text: OwnText,
         plan: TrialPlan,
-        make_null: MakeNull,
         progress: Callable[[TrialStep], None] | None,
     ) -> None:
         self._subject = subject
         self._plan = plan
-        self._make_null = make_null
         self._progress = progress
         self._done = 0
         self._removals = 0
@@ -223,7 +218,7 @@ class _Trial:
         documents = (self._test, self._kept_test)
         before, kept_before = self._measure(None, 0.0, documents)
         after, kept_after = self._measure(self._subject.attachment, dose, documents)
-        null = self._make_null(self._subject.attachment, self._plan.seed)
+        null = null_packet(self._subject.attachment, self._subject.model, self._plan.seed)
         (after_null,) = self._measure(null, dose, (self._test,), what="null packet")
         return Evidence(dose, before, after, after_null, kept_before, kept_after)
 

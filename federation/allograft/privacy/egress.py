@@ -7,7 +7,8 @@ an allow-list, in the one canonical form, and rounds every value to bf16 stochas
 operating system's randomness, which replaces the low 16 bits by chance. What remains is what the
 values themselves say; an insider who encodes data in high bits is not stopped here.
 
-At sealing, `admit_payload` accepts the approved bytes and no others.
+`seal_release` is the only caller of the sealing step: it asks for a Release and seals the approved
+bytes for the released recipients, and no others.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ from typing import IO, Literal
 import numpy as np
 import numpy.typing as npt
 
-from allograft.crypto import canonical
+from allograft.crypto import canonical, dsse
 from allograft.durable import durable_file, storage_errors
 from allograft.errors import RejectedError
+from allograft.packet.container import SealPlan, seal_packet, split_attestations
+from allograft.packet.header import Header
 from allograft.packet.tensors import (
     DTYPE_BYTES,
     LOCAL_RULES,
@@ -152,6 +155,46 @@ def admit_payload(release: Release, directory: Path) -> tuple[Path, ...]:
             raise RejectedError("AG-PRV-032", f"{part.name} changed since it was approved")
         paths.append(path)
     return tuple(paths)
+
+
+def seal_release(
+    release: Release, payload: Path, attestations: bytes, plan: SealPlan, out: Path
+) -> Header:
+    """Seal a released payload into a dispatch directory.
+
+    Args:
+        release: What `check_release` allowed.
+        payload: The payload directory.
+        attestations: The content of `attestations.jsonl`; must hold the released dossier.
+        plan: The dispatch; must name the released packet, parts and recipients.
+        out: An existing directory for the sealed files.
+
+    Raises:
+        RejectedError: AG-PRV-032 if the plan, the payload or the dossier is not the released one,
+            and those of `seal_packet`.
+        UnavailableError: AG-STO-001 when the disk is full.
+    """
+    planned = tuple(PayloadPart(p.name, p.size_bytes, p.sha256) for p in plan.parts)
+    if (plan.packet_id, plan.kind, planned) != (release.packet_id, release.kind, release.parts):
+        raise RejectedError("AG-PRV-032", "the dispatch is of another packet than was released")
+    if sorted(recipient.site for recipient in plan.recipients) != list(release.recipients):
+        raise RejectedError("AG-PRV-032", "the dispatch is for other recipients than released")
+    if release.dossier_digest not in _statement_digests(attestations):
+        raise RejectedError("AG-PRV-032", "the attestations lack the released dossier")
+    admit_payload(release, payload)
+    return seal_packet(payload, attestations, plan, out)
+
+
+def _statement_digests(attestations: bytes) -> set[str]:
+    """SHA-256 of each statement in an attestation file; lines of other formats are passed over."""
+    digests = set()
+    for line in split_attestations(attestations):
+        try:
+            payload = dsse.Envelope.from_bytes(line).payload
+        except RejectedError:
+            continue
+        digests.add(hashlib.sha256(payload).hexdigest())
+    return digests
 
 
 def round_to_bf16(
