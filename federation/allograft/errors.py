@@ -326,10 +326,6 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
             "a model directory cannot be identified",
             "It needs config.json, a tokenizer, and each tensor once in *.safetensors files.",
         ),
-        "AG-PRO-012": ErrorCode(
-            "two base models are no relatives",
-            "Weights only fit the base they were made on or its descendants; use a knowledge kind.",
-        ),
         # --- AG-RLY: relay between coordinator and sites ---
         "AG-RLY-001": ErrorCode(
             "a relay frame is malformed",
