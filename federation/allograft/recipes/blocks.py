@@ -14,12 +14,14 @@ in any order. See protos/spec/recipes.md and federation/decisions/0002.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from allograft.crypto import canonical
@@ -299,7 +301,10 @@ def _write_blocks(
 ) -> None:
     """The whole edit set: module list, block indices, attention types, depth."""
     family = find_family(model.config)
-    setattr(_trunk(model, family), family.blocks, nn.ModuleList(blocks))
+    trunk = _trunk(model, family)
+    chain = nn.ModuleList(blocks)
+    chain.training = trunk.training
+    setattr(trunk, family.blocks, chain)
     for index, block in enumerate(blocks):
         for module in block.modules():
             if hasattr(module, "layer_idx"):
@@ -316,18 +321,20 @@ def checkpointed(model: PreTrainedModel, enabled: bool) -> Iterator[None]:
     transformers recomputes only blocks in training mode, and training mode turns dropout on; so
     the blocks alone are put into it, and what is inside them stays in evaluation mode.
     """
-    if not enabled:
-        yield
-        return
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    for block in model_blocks(model):
-        block.training = True
+    blocks = model_blocks(model) if enabled else []
+    # Set directly: transformers is renaming the method that does this, and warns about the old one.
+    recompute = functools.partial(checkpoint, use_reentrant=False)
+    before = [vars(block).copy() for block in blocks]
+    for block in blocks:
+        vars(block).update(
+            training=True, gradient_checkpointing=True, _gradient_checkpointing_func=recompute
+        )
     try:
         yield
     finally:
-        model.gradient_checkpointing_disable()
-        for block in model_blocks(model):
-            block.training = False
+        for block, attributes in zip(blocks, before, strict=True):
+            vars(block).clear()
+            vars(block).update(attributes)
 
 
 @contextlib.contextmanager
