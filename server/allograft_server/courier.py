@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The coordinator's courier: a Flower ServerApp that carries frames and understands none.
+
+It asks the coordinator daemon for calls to nodes that are online, sends each as a message, and
+hands back each answer. All state that matters is in the daemon: when this process dies, the calls
+it carried are made again. Flower delivers at most once, so a call that brings no answer is reported
+as failed and never repeated here. See protos/spec/relay.md.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import grpc
+from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
+from flwr.serverapp import Grid, ServerApp
+
+from allograft.limits import LIMITS
+from allograft.relay.app import BODY, ENVELOPE, MESSAGE_TYPES, RECORD, STYPE
+from allograft.wire.v1 import relay_pb2, relay_pb2_grpc
+from allograft_server.settings import SOCKET_VARIABLE
+
+# A node that has answered nothing for this long has lost what it was sent.
+STALL_S = 120.0
+_TICK_S = 0.1
+_MESSAGE_TTL_S = float(LIMITS.frame_age_s)
+_RPC_TIMEOUT_S = 30.0
+_CHANNEL_OPTIONS = (
+    ("grpc.max_receive_message_length", 2 * LIMITS.part_bytes),
+    ("grpc.max_send_message_length", 2 * LIMITS.part_bytes),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+)
+
+app = ServerApp()
+
+
+@dataclass(frozen=True, slots=True)
+class Carried:
+    """A call on its way."""
+
+    call_id: str
+    node_id: int
+    sent_s: float
+
+
+class Node(Protocol):
+    """What Flower's public API says of a node."""
+
+    node_id: int
+    public_key: bytes
+
+
+@app.main()  # type: ignore[untyped-decorator]  # flwr is untyped here
+def main(grid: Grid, context: Context) -> None:
+    """Carry frames until the process is stopped."""
+    with grpc.insecure_channel(f"unix:{os.environ[SOCKET_VARIABLE]}", _CHANNEL_OPTIONS) as channel:
+        courier = Courier(grid, relay_pb2_grpc.CoordinatorCourierStub(channel))
+        while True:
+            if not courier.tick():
+                time.sleep(_TICK_S)
+
+
+class Courier:
+    """One round at a time between the grid and the daemon."""
+
+    def __init__(self, grid: Grid, daemon: relay_pb2_grpc.CoordinatorCourierStub) -> None:
+        self._grid = grid
+        self._daemon = daemon
+        self._session = secrets.token_hex(16)
+        self._carried: dict[str, Carried] = {}  # by Flower's message id
+        self._answered_s: dict[int, float] = {}  # by node: when it last answered
+
+    def tick(self) -> bool:
+        """Send what is to be sent, bring what was answered; false if nothing moved."""
+        online = {node.node_id: node for node in self._grid.get_nodes() if node.status == "online"}
+        try:
+            sent = self._send(online.values())
+            return self._collect(set(online)) or sent
+        except grpc.RpcError as error:
+            # The daemon restarts: it will make its calls again, and ours stay valid meanwhile.
+            if error.code() not in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}:
+                raise
+            return False
+
+    def _send(self, online: Iterable[Node]) -> bool:
+        nodes = [
+            relay_pb2.Node(node_id=node.node_id, public_key=node.public_key) for node in online
+        ]
+        request = relay_pb2.NextRequest(online=nodes, session=self._session)
+        reply = self._daemon.Next(request, timeout=_RPC_TIMEOUT_S)
+        for call in reply.calls:
+            message = Message(
+                pack(call.frame),
+                dst_node_id=call.node_id,
+                message_type=MESSAGE_TYPES[call.method],
+                ttl=_MESSAGE_TTL_S,
+            )
+            # One by one: a push holds all its messages in memory several times.
+            ids = list(self._grid.push_messages([message]))
+            if ids and ids[0]:
+                self._carried[ids[0]] = Carried(call.call_id, call.node_id, time.monotonic())
+            else:
+                self._fail(call.call_id, "the SuperLink took no message")
+        return bool(reply.calls)
+
+    def _collect(self, online: set[int]) -> bool:
+        moved = False
+        for message_id, carried in list(self._carried.items()):
+            # For a node that went offline this pull also deletes the message from the SuperLink.
+            replies = list(self._grid.pull_messages([message_id]))
+            if replies:
+                del self._carried[message_id]
+                self._settle(carried, replies[0])
+                moved = True
+            elif carried.node_id not in online or self._has_stalled(carried):
+                del self._carried[message_id]
+                self._fail(carried.call_id, "the node did not answer")
+        return moved
+
+    def _has_stalled(self, carried: Carried) -> bool:
+        since_s = max(carried.sent_s, self._answered_s.get(carried.node_id, 0.0))
+        return time.monotonic() - since_s > STALL_S
+
+    def _settle(self, carried: Carried, reply: Message) -> None:
+        if reply.has_error():
+            self._fail(carried.call_id, f"Flower error {reply.error.code}")
+            return
+        self._answered_s[carried.node_id] = time.monotonic()
+        frame = unpack(reply.content)
+        if frame is None:
+            self._fail(carried.call_id, "the answer is no frame")
+            return
+        request = relay_pb2.SettleRequest(call_id=carried.call_id, frame=frame)
+        self._daemon.Settle(request, timeout=_RPC_TIMEOUT_S)
+
+    def _fail(self, call_id: str, reason: str) -> None:
+        request = relay_pb2.SettleRequest(call_id=call_id, failure=reason)
+        self._daemon.Settle(request, timeout=_RPC_TIMEOUT_S)
+
+
+def pack(frame: relay_pb2.Frame) -> RecordDict:
+    """A frame as the content of a message: two opaque arrays."""
+    return RecordDict(
+        {RECORD: ArrayRecord({ENVELOPE: _array(frame.envelope), BODY: _array(frame.body)})}
+    )
+
+
+def unpack(content: RecordDict) -> relay_pb2.Frame | None:
+    """The frame in a message, or nothing if the content has another shape."""
+    record = content.get(RECORD)
+    if not isinstance(record, ArrayRecord) or set(record) != {ENVELOPE, BODY}:
+        return None
+    return relay_pb2.Frame(envelope=record[ENVELOPE].data, body=record[BODY].data)
+
+
+def _array(content: bytes) -> Array:
+    return Array(dtype="uint8", shape=(len(content),), stype=STYPE, data=content)
