@@ -46,14 +46,16 @@ def read_private(path: Path) -> bytes:
         raise UnavailableError("AG-STO-003", f"there is no key file {path.name}") from error
     except OSError as error:
         raise RejectedError("AG-KEY-004", f"{path.name} is a link or cannot be read") from error
-    with os.fdopen(descriptor, "rb") as handle:
+    try:
         # The checks are on the open descriptor: the path may change meanwhile.
-        status = os.fstat(handle.fileno())
+        status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise RejectedError("AG-KEY-004", f"{path.name} is not a regular file")
         if status.st_mode & 0o077 or status.st_uid not in {os.geteuid(), 0}:
             raise RejectedError("AG-KEY-004", f"{path.name} can be read by other users")
-        content = handle.read(_MAX_BYTES + 1)
+        content = os.read(descriptor, _MAX_BYTES + 1)
+    finally:
+        os.close(descriptor)
     if len(content) > _MAX_BYTES:
         raise RejectedError("AG-KEY-001", f"{path.name} is too large to be a key")
     return content

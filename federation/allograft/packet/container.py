@@ -208,10 +208,13 @@ def read_document(path: Path, max_bytes: int) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
         raise RejectedError("AG-PKT-002", f"{path.name} is missing or is a link") from error
-    with os.fdopen(descriptor, "rb") as handle:
-        if not stat.S_ISREG(os.fstat(handle.fileno()).st_mode):
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise RejectedError("AG-PKT-002", f"{path.name} is not a regular file")
-        content = handle.read(max_bytes + 1)
+        with os.fdopen(descriptor, "rb", closefd=False) as handle:
+            content = handle.read(max_bytes + 1)
+    finally:
+        os.close(descriptor)
     if len(content) > max_bytes:
         raise RejectedError("AG-IN-002", f"{path.name} is larger than {max_bytes} bytes")
     return content

@@ -205,7 +205,10 @@ def as_float32(content: bytes | memoryview, dtype: str) -> Float32:
         words: npt.NDArray[np.uint32] = np.left_shift(halves, np.uint32(16), dtype=np.uint32)
         return words.view(np.float32)
     if dtype in {"F16", "F64"}:
-        return np.frombuffer(content, dtype="<f2" if dtype == "F16" else "<f8").astype(np.float32)
+        wide = np.frombuffer(content, dtype="<f2" if dtype == "F16" else "<f8")
+        # Signalling NaNs and values beyond float32 are the caller's to judge, not numpy's to report.
+        with np.errstate(invalid="ignore", over="ignore"):
+            return wide.astype(np.float32)
     raise RejectedError("AG-PKT-016", f"{dtype} holds no floating-point values")
 
 
@@ -395,8 +398,7 @@ def _sum_squares(values: Float32, name: str) -> float:
     squares = float(np.einsum("i,i->", values, values))
     if math.isfinite(squares):
         return squares
-    # Either a value is not finite, or its square is beyond single precision.
-    squares = float(np.square(values, dtype=np.float64).sum())
-    if not math.isfinite(squares):
+    if not np.isfinite(values).all():
         raise RejectedError("AG-PKT-022", f"{name} holds NaN or infinite values")
-    return squares
+    # All values are finite, but a square is beyond single precision.
+    return float(np.square(values.astype(np.float64)).sum())
