@@ -13,7 +13,7 @@ import os
 import secrets
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import grpc
@@ -41,7 +41,7 @@ app = ServerApp()
 
 @dataclass(frozen=True, slots=True)
 class Carried:
-    """A call on its way."""
+    """A call on its way; without a call id it is no longer waited for."""
 
     call_id: str
     node_id: int
@@ -82,9 +82,11 @@ class Courier:
             sent = self._send(online.values())
             return self._collect(set(online)) or sent
         except grpc.RpcError as error:
-            # The daemon restarts: it will make its calls again, and ours stay valid meanwhile.
             if error.code() not in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}:
                 raise
+            # The daemon restarts, or an answer did not reach it. A new session makes it forget the
+            # calls under way and make them again; what still comes back for them is dropped there.
+            self._session = secrets.token_hex(16)
             return False
 
     def _send(self, online: Iterable[Node]) -> bool:
@@ -117,8 +119,13 @@ class Courier:
                 del self._carried[message_id]
                 self._settle(carried, replies[0])
                 moved = True
-            elif carried.node_id not in online or self._has_stalled(carried):
+            elif carried.node_id not in online:
                 del self._carried[message_id]
+                self._fail(carried.call_id, "the node went offline")
+            elif carried.call_id and self._has_stalled(carried):
+                # Kept without its call: a late reply, or Flower's notice that the message expired,
+                # is still pulled, because what nobody pulls stays in the SuperLink's store.
+                self._carried[message_id] = replace(carried, call_id="")
                 self._fail(carried.call_id, "the node did not answer")
         return moved
 
@@ -127,6 +134,8 @@ class Courier:
         return time.monotonic() - since_s > STALL_S
 
     def _settle(self, carried: Carried, reply: Message) -> None:
+        if not carried.call_id:
+            return
         if reply.has_error():
             self._fail(carried.call_id, f"Flower error {reply.error.code}")
             return
@@ -139,6 +148,8 @@ class Courier:
         self._daemon.Settle(request, timeout=_RPC_TIMEOUT_S)
 
     def _fail(self, call_id: str, reason: str) -> None:
+        if not call_id:
+            return
         request = relay_pb2.SettleRequest(call_id=call_id, failure=reason)
         self._daemon.Settle(request, timeout=_RPC_TIMEOUT_S)
 
