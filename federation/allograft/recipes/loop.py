@@ -68,7 +68,14 @@ def train(
         raise RejectedError("AG-RCP-030", "there is nothing to train on")
     values = list(parameters.values())
     device = values[0].device
-    optimizer = torch.optim.AdamW(values, betas=(0.9, 0.99), weight_decay=plan.weight_decay)
+    # Only matrices decay: pulling a norm's gain towards zero is no regularisation, and on Gemma it
+    # would open a silenced block by itself.
+    matrices, vectors = [v for v in values if v.ndim > 1], [v for v in values if v.ndim < 2]
+    groups = [
+        {"params": matrices, "weight_decay": plan.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.99))
     identity = {"plan": asdict(plan), "data": windows.digest(), "names": [*parameters]}
     run = hashlib.sha256(canonical.dumps(identity)).hexdigest()
     losses: list[float] = []

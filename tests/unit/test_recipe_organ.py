@@ -1,0 +1,361 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Organs: trained in place, read strictly, attached at doses, removed without a trace."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from allograft.errors import RejectedError
+from allograft.packet.tensors import check_file
+from allograft.recipes import blocks
+from allograft.recipes.attachment import load_attachment, save_attachment
+from allograft.recipes.base import (
+    Attachment,
+    Declaration,
+    Donor,
+    Extract,
+    LoraPlan,
+    ModelCard,
+    OrganPlan,
+    Payload,
+    Plan,
+    Recipient,
+    load_recipe,
+)
+from allograft.recipes.facts import OrganFacts
+from allograft.recipes.loop import token_losses
+from allograft.recipes.organ import OrganRecipe, default_position
+from allograft.recipes.plan import LoopPlan
+from allograft.recipes.snapshot import state_digest
+from kit.tiny import FAMILIES, LAYERS, generate, logits_of, tiny_model, tiny_tokens, tiny_windows
+
+LOOP = LoopPlan(steps=8, batch_windows=6, learning_rate=5e-3, warmup_steps=2)
+RECIPE = OrganRecipe()
+
+
+def extract(model, workdir: Path, organ: OrganPlan | None = None, loop=LOOP, **donor) -> Extract:
+    plan = Plan(organ or OrganPlan(), loop)
+    return RECIPE.extract(Donor(model, tiny_windows(), workdir, **donor), plan)
+
+
+def fit(model, workdir: Path, made: Extract, packet_id: str = "ab" * 16) -> Attachment:
+    facts = json.loads(json.dumps(made.facts.to_json()))
+    return RECIPE.fit(Payload("organ", packet_id, workdir, facts), Recipient(model))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_organ_learns_fits_and_leaves_the_base_as_it_was(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    digest, before = state_digest(model), logits_of(model)
+    made = extract(model, tmp_path, loop=replace(LOOP, steps=12, batch_windows=24))
+    assert state_digest(model) == digest
+    assert made.report["last_loss"] < made.report["first_loss"]
+    assert all(value.requires_grad and value.grad is None for value in model.parameters())
+    attachment = fit(model, tmp_path, made)
+    handle = RECIPE.attach(attachment, model)
+    full = logits_of(model)
+    assert blocks.count_blocks_run(model, tiny_tokens()) == LAYERS + 2
+    assert generate(model, use_cache=True) == generate(model, use_cache=False)
+    assert not torch.equal(full, before)
+    handle.set_dose(0.5)
+    half = logits_of(model)
+    assert 0 < (half - before).norm() < (full - before).norm()
+    handle.set_dose(0.0)
+    assert torch.equal(logits_of(model), before)
+    handle.set_dose(1.0)
+    assert torch.equal(logits_of(model), full)
+    RECIPE.detach(handle)
+    assert state_digest(model) == digest
+    assert torch.equal(logits_of(model), before)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gemma3_text", "qwen2"])
+@pytest.mark.parametrize("position", [0, 1, 4])
+def test_attached_model_is_the_model_that_was_trained(
+    family: str, position: int, tmp_path: Path
+) -> None:
+    """After two steps the recipient has the loss that the donor's third step began with."""
+    model, text = tiny_model(family), tiny_windows()
+    # All text in every batch and a constant rate: two steps are the beginning of three.
+    loop = LoopPlan(steps=2, batch_windows=24, learning_rate=1e-2, warmup_steps=0, final_rate=1.0)
+    made = extract(model, tmp_path, OrganPlan(2, 1, position), loop)
+    handle = RECIPE.attach(fit(model, tmp_path, made), model)
+    losses = token_losses(logits_of(model, text.tokens), text.tokens, text.lengths)
+    mean = float(losses.sum() / (text.lengths - 1).sum())
+    RECIPE.detach(handle)
+    seen: list[float] = []
+    three = replace(loop, steps=3)
+    extract(
+        model,
+        tmp_path,
+        OrganPlan(2, 1, position),
+        three,
+        progress=lambda step: seen.append(step.loss),
+    )
+    assert seen[2] == pytest.approx(mean, rel=1e-5)
+    assert seen[2] != pytest.approx(seen[0], rel=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("store", ["memory", "file"])
+def test_cached_prefix_gives_the_losses_of_the_uncached_run(
+    family: str, store: str, tmp_path: Path
+) -> None:
+    model = tiny_model(family)
+    plan = OrganPlan(1, 2, 3)
+    losses: dict[str, list[float]] = {}
+    budgets = {"none": (0, 0), "memory": (1 << 20, 0), "file": (0, 1 << 20)}
+    for name in ("none", store):
+        ram, disk = budgets[name]
+        seen: list[float] = []
+        workdir = tmp_path / name
+        workdir.mkdir()
+        made = extract(
+            model,
+            workdir,
+            plan,
+            ram_bytes=ram,
+            disk_bytes=disk,
+            progress=lambda step, seen=seen: seen.append(step.loss),
+        )
+        assert made.report["prefix"]["store"] == name
+        assert sorted(path.name for path in workdir.iterdir()) == ["organ.safetensors"]
+        losses[name] = seen
+    assert losses[store] == pytest.approx(losses["none"], rel=1e-5)
+
+
+def test_prefix_is_not_cached_for_a_single_pass(tmp_path: Path) -> None:
+    made = extract(tiny_model("llama"), tmp_path, loop=replace(LOOP, steps=2))
+    assert made.report["prefix"]["store"] == "none"
+    assert made.report["prefix"]["reason"] == "too little work would be saved"
+
+
+def test_only_the_organ_receives_gradients(tmp_path: Path) -> None:
+    model = tiny_model("gemma3_text")
+    own = list(model.parameters())
+    seen: list[bool] = []
+
+    def watch(_step: object) -> None:
+        seen.append(any(value.requires_grad or value.grad is not None for value in own))
+
+    extract(model, tmp_path, progress=watch)
+    assert seen == [False] * LOOP.steps
+
+
+def test_checkpointed_training_gives_the_same_organ(tmp_path: Path) -> None:
+    tensors = []
+    for flag in (False, True):
+        workdir = tmp_path / str(flag)
+        workdir.mkdir()
+        extract(
+            tiny_model("gpt2", resid_pdrop=0.1), workdir, loop=replace(LOOP, checkpointing=flag)
+        )
+        tensors.append(load_file(workdir / "organ.safetensors"))
+    for name, value in tensors[0].items():
+        torch.testing.assert_close(value, tensors[1][name], rtol=1e-4, atol=1e-5)
+
+
+def test_payload_is_plain_named_tensors_without_embeddings(tmp_path: Path) -> None:
+    extract(tiny_model("gpt2"), tmp_path)
+    with (tmp_path / "organ.safetensors").open("rb") as handle:
+        names = [entry.name for entry in check_file(handle).table.entries]
+    assert all(name.split(".")[:2] in (["blocks", "0"], ["blocks", "1"]) for name in names)
+    assert "blocks.0.attn.c_proj.weight" in names
+
+
+def test_base_in_half_precision_gives_a_payload_in_half_precision(tmp_path: Path) -> None:
+    made = extract(tiny_model("llama"), tmp_path)
+    assert made.facts.dtype == "float32"
+    half = tiny_model("llama").to(torch.bfloat16)
+    tensors = load_file(tmp_path / "organ.safetensors")
+    save_file({k: v.to(torch.bfloat16) for k, v in tensors.items()}, tmp_path / "organ.safetensors")
+    facts = replace(made.facts, dtype="bfloat16")
+    attachment = RECIPE.fit(Payload("organ", "ab" * 16, tmp_path, facts.to_json()), Recipient(half))
+    digest = state_digest(half)
+    handle = RECIPE.attach(replace(attachment, dose=0.25), half)
+    assert all(value.dtype == torch.bfloat16 for value in half.parameters())
+    RECIPE.detach(handle)
+    assert state_digest(half) == digest
+
+
+def test_organ_can_be_stored_and_read_back(tmp_path: Path) -> None:
+    model = tiny_model("qwen3")
+    attachment = replace(fit(model, tmp_path, extract(model, tmp_path)), dose=0.5)
+    save_attachment(attachment, tmp_path / "kept")
+    again = load_attachment(tmp_path / "kept")
+    assert (again.kind, again.attachment_id, again.dose) == ("organ", "ab" * 16, 0.5)
+    assert again.facts == attachment.facts
+    assert all(torch.equal(v, again.tensors[n]) for n, v in attachment.tensors.items())
+
+
+def test_refuses_a_stored_attachment_that_was_changed(tmp_path: Path) -> None:
+    model = tiny_model("qwen3")
+    save_attachment(fit(model, tmp_path, extract(model, tmp_path)), tmp_path / "kept")
+    path = tmp_path / "kept" / "tensors.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+    with pytest.raises(RejectedError, match="AG-RCP-004"):
+        load_attachment(tmp_path / "kept")
+    path.unlink()
+    with pytest.raises(RejectedError, match="AG-RCP-004"):
+        load_attachment(tmp_path / "kept")
+
+
+def broken(tensors: dict[str, torch.Tensor], how: str) -> dict[str, torch.Tensor]:
+    name = "blocks.1.mlp.down_proj.weight"
+    if how == "missing":
+        del tensors[name]
+    elif how == "extra":
+        tensors["lm_head.weight"] = torch.zeros(2, 2)
+    elif how == "shape":
+        tensors[name] = tensors[name].T.contiguous()
+    elif how == "dtype":
+        tensors[name] = tensors[name].half()
+    elif how == "nan":
+        tensors[name][0, 0] = float("nan")
+    else:
+        tensors[name][0, 0] = float("inf")
+    return tensors
+
+
+@pytest.mark.parametrize("how", ["missing", "extra", "shape", "dtype", "nan", "inf"])
+def test_refuses_payloads_that_do_not_fit(how: str, tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    made = extract(model, tmp_path)
+    path = tmp_path / "organ.safetensors"
+    save_file(broken(load_file(path), how), path)
+    with pytest.raises(RejectedError, match="AG-RCP-003"):
+        fit(model, tmp_path, made)
+
+
+def test_refuses_a_payload_that_is_no_tensor_file(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    made = extract(model, tmp_path)
+    (tmp_path / "organ.safetensors").write_bytes(b"PK\x03\x04 not tensors")
+    with pytest.raises(RejectedError, match="AG-RCP-003"):
+        fit(model, tmp_path, made)
+
+
+def test_refuses_to_train_on_a_model_with_attachments(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    RECIPE.attach(fit(model, tmp_path, extract(model, tmp_path)), model)
+    with pytest.raises(RejectedError, match="AG-RCP-022"):
+        extract(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "plan", [OrganPlan(0), OrganPlan(5), OrganPlan(2, 3), OrganPlan(1, 0, 9), OrganPlan(1, -1)]
+)
+def test_refuses_organs_outside_the_base(plan: OrganPlan, tmp_path: Path) -> None:
+    with pytest.raises(RejectedError, match="AG-RCP-021"):
+        extract(tiny_model("llama"), tmp_path, plan)
+
+
+def test_refuses_a_plan_of_another_kind(tmp_path: Path) -> None:
+    donor = Donor(tiny_model("llama"), tiny_windows(), tmp_path)
+    with pytest.raises(RejectedError, match="AG-RCP-035"):
+        RECIPE.extract(donor, Plan(LoraPlan(), LOOP))
+
+
+def test_attaching_and_detaching_twice_is_refused(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    attachment = fit(model, tmp_path, extract(model, tmp_path))
+    handle = RECIPE.attach(attachment, model)
+    with pytest.raises(RejectedError, match="AG-RCP-023"):
+        RECIPE.attach(attachment, model)
+    RECIPE.detach(handle)
+    with pytest.raises(RejectedError, match="AG-RCP-023"):
+        RECIPE.detach(handle)
+
+
+def card(
+    model, digest: str = "aa", tokenizer: str = "tt", cosine: float | None = None
+) -> ModelCard:
+    return ModelCard(digest, tokenizer, blocks.describe_model(model.config), cosine)
+
+
+def statement(model, **changes: object) -> Declaration:
+    shape = blocks.describe_model(model.config)
+    types = shape.layer_types[1:3]
+    facts = OrganFacts(shape, 2, 1, 3, types, "float32").to_json() | changes
+    return Declaration("organ", "aa", "tt", facts)
+
+
+def test_check_accepts_the_same_base_and_tested_relatives_only() -> None:
+    model = tiny_model("gemma3_text")
+    declared = statement(model)
+    assert RECIPE.check(declared, card(model)).level == "exact"
+    relative = RECIPE.check(declared, card(model, "bb", cosine=0.996))
+    assert relative.level == "lineage"
+    assert relative.numbers == {"lineage_cosine": 0.996, "threshold": 0.9}
+    untested = RECIPE.check(declared, card(model, "bb"))
+    assert (untested.level, untested.code) == ("refuse", "AG-RCP-012")
+    assert untested.needs == ("lineage_test",)
+    for cosine in (0.02, -1.0, float("nan")):
+        stranger = RECIPE.check(declared, card(model, "bb", cosine=cosine))
+        assert (stranger.level, stranger.code) == ("refuse", "AG-RCP-013")
+
+
+def test_check_refuses_other_shapes_and_tokenizers() -> None:
+    model = tiny_model("gemma3_text")
+    other = tiny_model("gemma3_text", rope_parameters=None, sliding_window=16)
+    verdict = RECIPE.check(statement(model), card(other))
+    assert (verdict.level, verdict.code) == ("refuse", "AG-RCP-010")
+    assert verdict.reason == "the models differ in sliding_window"
+    verdict = RECIPE.check(statement(model), card(model, tokenizer="other"))
+    assert (verdict.level, verdict.code) == ("refuse", "AG-RCP-011")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"blocks": 9},
+        {"blocks": 0},
+        {"position": 5},
+        {"layer_types": ["full_attention", "full_attention"]},
+        {"dose_rule": "wrapper"},
+        {"dtype": "int8"},
+    ],
+)
+def test_facts_that_contradict_each_other_are_refused(change: dict[str, object]) -> None:
+    model = tiny_model("gemma3_text")
+    with pytest.raises(RejectedError, match="AG-RCP-002"):
+        RECIPE.check(statement(model, **change), card(model))
+
+
+def test_facts_with_unknown_fields_are_refused() -> None:
+    model = tiny_model("gemma3_text")
+    with pytest.raises(RejectedError, match="AG-IN-003"):
+        RECIPE.check(statement(model, code="os.system"), card(model))
+
+
+def test_fit_refuses_a_model_of_another_shape(tmp_path: Path) -> None:
+    made = extract(tiny_model("llama"), tmp_path)
+    with pytest.raises(RejectedError, match="AG-RCP-010"):
+        fit(tiny_model("qwen3"), tmp_path, made)
+
+
+def test_default_position_is_late_but_never_outside() -> None:
+    assert [default_position(layers, 2) for layers in (2, 3, 5, 6, 12, 32)] == [2, 2, 4, 5, 10, 26]
+    assert default_position(1, 1) == 1
+
+
+@pytest.mark.parametrize("kind", ["organ", "lora"])
+def test_registry_knows_the_kinds_that_ship(kind: str) -> None:
+    assert load_recipe(kind).kind == kind
+
+
+@pytest.mark.parametrize("kind", ["distil", "os.system", "allograft.recipes.organ:OrganRecipe", ""])
+def test_registry_refuses_kinds_that_are_not_allowed(kind: str) -> None:
+    with pytest.raises(RejectedError, match="AG-RCP-001"):
+        load_recipe(kind)
+
+
+def test_registry_refuses_an_allowed_kind_that_nobody_provides() -> None:
+    with pytest.raises(RejectedError, match="AG-RCP-001"):
+        load_recipe("distil", frozenset({"distil"}))
