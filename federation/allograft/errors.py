@@ -584,5 +584,9 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
             "the base model given to the demo is unusable",
             "Give a local directory of a causal language model with its tokenizer.",
         ),
+        "AG-DEM-012": ErrorCode(
+            "a model of the demo could not be trained",
+            "Read stranger.log in the demo's directory; memory or disk may have run out.",
+        ),
     }
 )

@@ -1,0 +1,278 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the demo's sites start with: three related models, private text, and text to stay good at.
+
+A base; a descendant, which is the base trained further on general text; and a stranger of the same
+shape and tokenizer with its own beginning. Each can be replaced by a person's own files. The
+stranger trains in a process of its own beside the base, and is ended with this one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from allograft.cli.demo import text as demo_text
+from allograft.errors import RejectedError, UnavailableError
+
+#: Distinct documents that a trial wants of each sort; see `evaluate.gate.GateRules`.
+_TRIAL_DOCUMENTS = 60
+_CHILD_SECONDS = 900.0
+
+
+@dataclass(frozen=True, slots=True)
+class WorldOptions:
+    """Files of the person's own, and sizes of what is made.
+
+    Attributes:
+        base: Directory of a causal model to use as the base.
+        data: The donor's domain documents; some are set aside for the recipients.
+        general: General documents, to train on and to stay good at.
+        seed: Of models and patients.
+        base_steps: Training steps of the base.
+        descendant_steps: Further steps of the descendant.
+        stranger_steps: Training steps of the stranger.
+        donor_notes: Notes of the donor.
+        own_notes: Notes of each recipient.
+        retention_documents: General documents of each recipient.
+    """
+
+    base: Path | None = None
+    data: Path | None = None
+    general: Path | None = None
+    seed: int = 0
+    base_steps: int = 180
+    descendant_steps: int = 25
+    stranger_steps: int = 150
+    donor_notes: int = 3000
+    own_notes: int = 240
+    retention_documents: int = 200
+
+
+@dataclass(frozen=True, slots=True)
+class OwnFiles:
+    """Where one recipient's own text lies."""
+
+    domain: Path
+    retention: Path
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """Everything the sites start with.
+
+    Attributes:
+        base: Model directory of the donor and of the recipient that keeps.
+        descendant: Model directory of the further-trained relative.
+        stranger: Model directory of the independently trained model of the same shape.
+        donor_data: The donor's private text (JSONL).
+        donor_retention: General text that the donor evaluates on.
+        same_files: Own text of the recipient with the same base.
+        descendant_files: Own text of the recipient with the descendant.
+        stranger_files: Own text of the recipient with the stranger.
+        nature: What the donor may truthfully declare its data to be; empty for a person's own.
+        domain: The domain in a few words, for the offer.
+        seconds: How long each phase took.
+    """
+
+    base: Path
+    descendant: Path
+    stranger: Path
+    donor_data: Path
+    donor_retention: Path
+    same_files: OwnFiles
+    descendant_files: OwnFiles
+    stranger_files: OwnFiles
+    nature: str
+    domain: str
+    seconds: tuple[tuple[str, float], ...] = field(default=())
+
+
+#: Told what is being made and how much of it is done, 0 to 1.
+Progress = Callable[[str, float], None]
+
+
+def make_world(directory: Path, options: WorldOptions, progress: Progress) -> World:
+    """Make or take everything the sites start with.
+
+    Raises:
+        RejectedError: AG-DEM-010 or AG-RCP-03x for unusable text, AG-DEM-011 or AG-RCP-03x for an
+            unusable base.
+        UnavailableError: AG-DEM-012 if a training process failed.
+    """
+    return _Maker(directory, options, progress).make()
+
+
+class _Maker:
+    """Makes one world; holds what the phases share."""
+
+    def __init__(self, directory: Path, options: WorldOptions, progress: Progress) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._directory = directory
+        self._options = options
+        self._progress = progress
+        self._seconds: list[tuple[str, float]] = []
+        self._threads = max(1, min(4, (os.cpu_count() or 2) // 2))
+
+    def make(self) -> World:
+        with self._phase("text"):
+            general = self._general_text()
+            donor, same, descendant, stranger = self._domain_text()
+        base, relative, alien = self._models(general)
+        return World(
+            base=base,
+            descendant=relative,
+            stranger=alien,
+            donor_data=donor,
+            donor_retention=self._directory / "retention-donor.jsonl",
+            same_files=OwnFiles(same, self._directory / "retention-same.jsonl"),
+            descendant_files=OwnFiles(descendant, self._directory / "retention-descendant.jsonl"),
+            stranger_files=OwnFiles(stranger, self._directory / "retention-stranger.jsonl"),
+            nature="synthetic" if self._options.data is None else "",
+            domain="synthetic clinical notes" if self._options.data is None else "own documents",
+            seconds=tuple(self._seconds),
+        )
+
+    @contextlib.contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        self._progress(name, 0.0)
+        yield
+        self._seconds.append((name, time.monotonic() - started))
+
+    def _general_text(self) -> Path:
+        """Write training and retention text; returns the training file."""
+        if self._options.general is None:
+            found = demo_text.read_python_text()
+            training, retention = found.training, found.retention
+        else:
+            training, retention = _split(_read_texts(self._options.general), 0.8)
+        _require(len(retention), _TRIAL_DOCUMENTS, "general documents set aside")
+        retention = retention[: self._options.retention_documents]
+        for name in ("donor", "same", "descendant", "stranger"):
+            demo_text.save_texts(self._directory / f"retention-{name}.jsonl", retention)
+        path = self._directory / "general.jsonl"
+        demo_text.save_texts(path, training)
+        return path
+
+    def _domain_text(self) -> tuple[Path, Path, Path, Path]:
+        """Write the donor's notes and those of the three recipients, all of other patients."""
+        names = ("donor", "same", "descendant", "stranger")
+        paths = [self._directory / f"notes-{name}.jsonl" for name in names]
+        if self._options.data is None:
+            medicine = demo_text.invent_medicine()
+            for number, path in enumerate(paths):
+                count = self._options.own_notes if number else self._options.donor_notes
+                seed = 1000 * self._options.seed + number
+                demo_text.save_notes(path, demo_text.write_notes(medicine, count, seed))
+        else:
+            donor, own = _split(_read_texts(self._options.data), 0.6)
+            half = len(own) // 2
+            _require(half, _TRIAL_DOCUMENTS, "documents for each recipient")
+            # The stranger refuses before it needs text, so it may share the descendant's.
+            for path, texts in zip(paths, (donor, own[:half], own[half:], own[half:]), strict=True):
+                demo_text.save_texts(path, texts)
+        return paths[0], paths[1], paths[2], paths[3]
+
+    def _models(self, general: Path) -> tuple[Path, Path, Path]:
+        # Here, because the rest of this module is needed where torch is not installed.
+        from allograft.cli.demo.pretrain import PretrainJob, write_shape
+
+        options = self._options
+        shape = options.base or self._directory / "shape"
+        if options.base is None:
+            with self._phase("tokenizer"):
+                write_shape(shape, _read_texts(general))
+        elif not (options.base / "config.json").is_file():
+            raise RejectedError("AG-DEM-011", "there is no config.json in the base directory")
+        base = options.base or self._directory / "base"
+        descendant, stranger = self._directory / "descendant", self._directory / "stranger"
+        alien = PretrainJob(
+            str(shape), str(general), str(stranger), True,
+            options.stranger_steps if options.base is None else 0, 3e-3,
+            options.seed + 101, self._threads,
+        )  # fmt: skip
+        with _beside(alien, self._directory / "stranger.log") as finish:
+            if options.base is None:
+                self._train(
+                    "base model",
+                    PretrainJob(
+                        str(shape), str(general), str(base), True, options.base_steps, 3e-3,
+                        options.seed + 1, self._threads,
+                    ),
+                )  # fmt: skip
+            self._train(
+                "further-trained descendant",
+                PretrainJob(
+                    str(base), str(general), str(descendant), False, options.descendant_steps,
+                    1e-3 if options.base is None else 1e-4, options.seed + 7, self._threads,
+                ),
+            )  # fmt: skip
+            with self._phase("independent model"):
+                finish()
+        return base, descendant, stranger
+
+    def _train(self, name: str, job: object) -> None:
+        from allograft.cli.demo.pretrain import PretrainJob, run_job
+
+        assert isinstance(job, PretrainJob)
+        with self._phase(name):
+            run_job(job, lambda step: self._progress(name, step.number / step.steps))
+
+
+@contextlib.contextmanager
+def _beside(job: object, log: Path) -> Iterator[Callable[[], None]]:
+    """Run a job in a process of its own, which never outlives the block.
+
+    Yields:
+        A function that waits for the job and raises AG-DEM-012 if it failed.
+    """
+    from allograft.cli.demo.pretrain import PretrainJob, job_to_text
+
+    assert isinstance(job, PretrainJob)
+    with log.open("wb") as output:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "allograft.cli.demo.pretrain", job_to_text(job)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            # Ctrl-C must reach this process only, which then ends the child below.
+            start_new_session=True,
+        )
+
+    def finish() -> None:
+        try:
+            status = child.wait(_CHILD_SECONDS)
+        except subprocess.TimeoutExpired as error:
+            raise UnavailableError("AG-DEM-012", "a model took too long to train") from error
+        if status:
+            raise UnavailableError("AG-DEM-012", f"training ended with status {status}")
+
+    try:
+        yield finish
+    finally:
+        child.kill()
+        child.wait()
+
+
+def _read_texts(path: Path) -> list[str]:
+    from allograft.recipes.text import drop_near_duplicates, read_documents
+
+    return [document.text for document in drop_near_duplicates(read_documents(path))]
+
+
+def _split(texts: Sequence[str], first: float) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Two disjoint sets of documents, by digest: same file, same split."""
+    ordered = demo_text.shuffle_texts(texts)
+    cut = int(first * len(ordered))
+    return tuple(ordered[:cut]), tuple(ordered[cut:])
+
+
+def _require(count: int, least: int, what: str) -> None:
+    if count < least:
+        raise RejectedError("AG-DEM-010", f"{count} {what}, at least {least} needed")
