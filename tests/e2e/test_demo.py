@@ -8,6 +8,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+
 from kit.shared import shared_path
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
