@@ -206,7 +206,7 @@ def as_float32(content: bytes | memoryview, dtype: str) -> Float32:
         return words.view(np.float32)
     if dtype in {"F16", "F64"}:
         wide = np.frombuffer(content, dtype="<f2" if dtype == "F16" else "<f8")
-        # Signalling NaNs and values beyond float32 are the caller's to judge, not numpy's to report.
+        # What is not finite afterwards is the caller's to refuse, not numpy's to warn about.
         with np.errstate(invalid="ignore", over="ignore"):
             return wide.astype(np.float32)
     raise RejectedError("AG-PKT-016", f"{dtype} holds no floating-point values")
