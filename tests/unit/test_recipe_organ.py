@@ -271,6 +271,10 @@ def test_attaching_and_detaching_twice_is_refused(tmp_path: Path) -> None:
     RECIPE.detach(handle)
     with pytest.raises(RejectedError, match="AG-RCP-023"):
         RECIPE.detach(handle)
+    with pytest.raises(RejectedError, match="AG-RCP-023"):
+        handle.set_dose(0.5)
+    with pytest.raises(RejectedError, match="AG-RCP-010"):
+        RECIPE.attach(attachment, tiny_model("qwen3"))
 
 
 def card(

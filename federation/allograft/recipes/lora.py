@@ -64,11 +64,16 @@ class LoraHandle:
         self.model = model
 
     def set_dose(self, dose: float) -> None:
-        """Scale the change of every target matrix."""
-        if not 0.0 <= dose <= 1.0:
-            raise RejectedError("AG-RCP-021", "a dose lies between 0 and 1")
-        self.attachment = replace(self.attachment, dose=dose)
-        _write_changes(self.attachment, self.model)
+        """Scale the change of every target matrix.
+
+        Raises:
+            RejectedError: AG-RCP-021 for a bad dose, AG-RCP-023 after detaching.
+        """
+        if not _is_attached(self.attachment, self.model):
+            raise RejectedError("AG-RCP-023", "the attachment is not on this model")
+        changed = replace(self.attachment, dose=dose)
+        _write_changes(changed, self.model)
+        self.attachment = changed
 
 
 class LoraRecipe:
@@ -123,15 +128,15 @@ class LoraRecipe:
         """Write an adapter's changes into the base's own blocks at its dose.
 
         Raises:
-            RejectedError: AG-RCP-021 for a bad dose, AG-RCP-023 if it is already attached.
+            RejectedError: AG-RCP-010 for another model, AG-RCP-021 for a bad dose, AG-RCP-023 if
+                it is already attached.
         """
-        facts = _facts_of(attachment)
-        owner = attachment.attachment_id
-        if any(is_patched(module, owner) for module in _targets(model, facts).values()):
+        if surgery.base_shape(model) != attachment.facts.shape:
+            raise RejectedError("AG-RCP-010", "the adapter was made on a model of another shape")
+        if _is_attached(attachment, model):
             raise RejectedError("AG-RCP-023", "the attachment is already on this model")
-        handle = LoraHandle(attachment, model)
-        handle.set_dose(attachment.dose)
-        return handle
+        _write_changes(attachment, model)
+        return LoraHandle(attachment, model)
 
     def detach(self, handle: LoraHandle) -> None:
         """Take an adapter's changes out of the weights.
@@ -188,8 +193,15 @@ def _targets(model: PreTrainedModel, facts: LoraFacts) -> dict[str, nn.Module]:
     }
 
 
+def _is_attached(attachment: Attachment, model: PreTrainedModel) -> bool:
+    modules = _targets(model, _facts_of(attachment)).values()
+    return any(is_patched(module, attachment.attachment_id) for module in modules)
+
+
 def _write_changes(attachment: Attachment, model: PreTrainedModel) -> None:
     facts = _facts_of(attachment)
+    if not 0.0 <= attachment.dose <= 1.0:
+        raise RejectedError("AG-RCP-021", "a dose lies between 0 and 1")
     transposed = surgery.find_family(model.config).transposed
     scale = attachment.dose * facts.alpha / facts.rank
     for name, module in _targets(model, facts).items():

@@ -59,11 +59,17 @@ class OrganHandle:
         self.blocks = blocks
 
     def set_dose(self, dose: float) -> None:
-        """Scale the residual branches of every block of the organ."""
-        family = surgery.find_family(self.model.config)
-        for number, block in enumerate(self.blocks):
-            surgery.write_dose(family, block, _block_tensors(self.attachment, number), dose)
-        self.attachment = replace(self.attachment, dose=dose)
+        """Scale the residual branches of every block of the organ.
+
+        Raises:
+            RejectedError: AG-RCP-021 for a bad dose, AG-RCP-023 after detaching.
+        """
+        present = surgery.model_blocks(self.model)
+        if not any(block is self.blocks[0] for block in present):
+            raise RejectedError("AG-RCP-023", "the attachment is not on this model")
+        changed = replace(self.attachment, dose=dose)
+        _write_doses(changed, self.model, self.blocks)
+        self.attachment = changed
 
 
 class OrganRecipe:
@@ -119,17 +125,19 @@ class OrganRecipe:
         """Insert an organ at its position and dose.
 
         Raises:
-            RejectedError: AG-RCP-021 for a bad dose, AG-RCP-023 if it is already attached.
+            RejectedError: AG-RCP-010 for another model, AG-RCP-021 for a bad dose, AG-RCP-023 if
+                it is already attached.
         """
         facts = attachment.facts
         assert isinstance(facts, OrganFacts)
+        if surgery.base_shape(model) != facts.shape:
+            raise RejectedError("AG-RCP-010", "the organ was made on a model of another shape")
         made = surgery.new_blocks(model, facts.source, facts.blocks)
         for number, block in enumerate(made):
             block.load_state_dict(_block_tensors(attachment, number), strict=True)
-        handle = OrganHandle(attachment, model, made)
-        handle.set_dose(attachment.dose)
+        _write_doses(attachment, model, made)
         surgery.insert_blocks(model, made, facts.source, facts.position, attachment.attachment_id)
-        return handle
+        return OrganHandle(attachment, model, made)
 
     def detach(self, handle: OrganHandle) -> None:
         """Take an organ's blocks out.
@@ -234,6 +242,12 @@ def _train_organ(
         "resumed_at": training.resumed_at,
         "prefix": asdict(choice),
     }
+
+
+def _write_doses(attachment: Attachment, model: PreTrainedModel, organ: list[nn.Module]) -> None:
+    family = surgery.find_family(model.config)
+    for number, block in enumerate(organ):
+        surgery.write_dose(family, block, _block_tensors(attachment, number), attachment.dose)
 
 
 def _block_tensors(attachment: Attachment, number: int) -> dict[str, torch.Tensor]:

@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A recipient's stack: any order in, any order out; nulls of equal norm; exports that load."""
+
+from dataclasses import replace
+from itertools import permutations
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from allograft.errors import RejectedError
+from allograft.recipes import blocks
+from allograft.recipes.base import (
+    Attachment,
+    Donor,
+    LoraPlan,
+    OrganPlan,
+    Payload,
+    Plan,
+    Recipient,
+    load_recipe,
+)
+from allograft.recipes.export import export_merged, export_peft
+from allograft.recipes.plan import LoopPlan
+from allograft.recipes.snapshot import state_digest
+from allograft.recipes.stack import Stack, null_packet, stack_digest
+from kit.tiny import FAMILIES, generate, logits_of, tiny_model, tiny_windows
+
+LOOP = LoopPlan(steps=2, batch_windows=8, learning_rate=1e-2, warmup_steps=0)
+
+
+class NoTokenizer:
+    """Writes the one file an export puts beside the model."""
+
+    def save_pretrained(self, directory: Path) -> None:
+        (directory / "tokenizer.json").write_text("{}")
+
+
+def make(model, workdir: Path, recipe: OrganPlan | LoraPlan, key: str) -> Attachment:
+    kind = "organ" if isinstance(recipe, OrganPlan) else "lora"
+    folder = workdir / key
+    folder.mkdir()
+    code = load_recipe(kind)
+    made = code.extract(Donor(model, tiny_windows(), folder), Plan(recipe, LOOP))
+    return code.fit(Payload(kind, key * 32, folder, made.facts.to_json()), Recipient(model))
+
+
+@pytest.fixture
+def three(tmp_path: Path) -> tuple[Attachment, ...]:
+    model = tiny_model("gemma3_text")
+    return (
+        make(model, tmp_path, OrganPlan(2, 1, 3), "a"),
+        make(model, tmp_path, LoraPlan(rank=2), "b"),
+        make(model, tmp_path, OrganPlan(1, 3, 3), "c"),
+    )
+
+
+def test_stack_does_not_depend_on_order(three: tuple[Attachment, ...]) -> None:
+    model = tiny_model("gemma3_text")
+    plain = state_digest(model)
+    names: set[tuple[str, str]] = set()
+    remainders: set[str] = set()
+    for order in permutations(range(3)):
+        stack = Stack(model)
+        for number in order:
+            stack.attach(three[number])
+        names.add((stack.digest(), state_digest(model)))
+        assert generate(model, use_cache=True) == generate(model, use_cache=False)
+        for number in order[:2]:
+            stack.detach(three[number].attachment_id)
+        remainders.add(state_digest(model))
+        stack.detach(three[order[2]].attachment_id)
+        assert state_digest(model) == plain
+        assert stack.attachments == ()
+    assert len(names) == 1
+    assert len(remainders) == 3
+
+
+def test_digest_tells_doses_and_members_apart(three: tuple[Attachment, ...]) -> None:
+    half = replace(three[0], dose=0.5)
+    digests = [stack_digest(s) for s in ((), three[:1], (half,), three[:2], three)]
+    assert len(set(digests)) == 5
+    assert stack_digest(three) == stack_digest(reversed(three))
+
+
+def test_changing_a_dose_on_the_stack_shows_in_its_digest(three: tuple[Attachment, ...]) -> None:
+    stack = Stack(tiny_model("gemma3_text"))
+    handle = stack.attach(three[0])
+    handle.set_dose(0.25)
+    assert stack.digest() == stack_digest([replace(three[0], dose=0.25)])
+
+
+def test_attach_all_attaches_all_or_none(three: tuple[Attachment, ...]) -> None:
+    model = tiny_model("gemma3_text")
+    plain = state_digest(model)
+    stack = Stack(model)
+    with pytest.raises(RejectedError, match="AG-RCP-021"):
+        stack.attach_all([three[0], three[1], replace(three[2], dose=7.0)])
+    assert state_digest(model) == plain
+    stack.attach_all(three)
+    assert [a.attachment_id[0] for a in stack.attachments] == ["a", "b", "c"]
+
+
+def test_refuses_what_is_already_there_or_not_there(three: tuple[Attachment, ...]) -> None:
+    stack = Stack(tiny_model("gemma3_text"))
+    stack.attach(three[0])
+    with pytest.raises(RejectedError, match="AG-RCP-023"):
+        stack.attach(three[0])
+    with pytest.raises(RejectedError, match="AG-RCP-023"):
+        stack.detach(three[1].attachment_id)
+    with pytest.raises(RejectedError, match="AG-RCP-001"):
+        stack.attach(replace(three[1], kind="os"))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+def test_null_organ_moves_as_far_from_its_start_as_the_organ(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    organ = make(model, tmp_path, OrganPlan(2, 1, 3), "a")
+    null = null_packet(organ, model, seed=3)
+    start = {}
+    for number, block in enumerate(blocks.copy_blocks(model, 1, 2)):
+        blocks.silence(blocks.find_family(model.config), block)
+        start |= {f"blocks.{number}.{k}": v for k, v in block.state_dict().items()}
+    for name, value in organ.tensors.items():
+        theirs, ours = (value - start[name]).norm(), (null.tensors[name] - start[name]).norm()
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-6)
+    silenced = blocks.dosed_names(blocks.find_family(model.config), blocks.base_blocks(model)[1])
+    assert all(
+        (organ.tensors[f"blocks.0.{n}"] - start[f"blocks.0.{n}"]).norm() > 0 for n in silenced
+    )
+    again = null_packet(organ, model, seed=3)
+    assert all(torch.equal(v, again.tensors[n]) for n, v in null.tensors.items())
+    other = null_packet(organ, model, seed=4)
+    assert any(not torch.equal(v, other.tensors[n]) for n, v in null.tensors.items())
+
+
+def test_null_attaches_and_detaches_like_the_packet(three: tuple[Attachment, ...]) -> None:
+    model = tiny_model("gemma3_text")
+    plain, before = state_digest(model), logits_of(model)
+    for attachment in three:
+        null = null_packet(attachment, model, seed=0)
+        recipe = load_recipe(null.kind)
+        handle = recipe.attach(null, model)
+        assert not torch.equal(logits_of(model), before)
+        recipe.detach(handle)
+        assert state_digest(model) == plain
+    lora, noise = three[1], null_packet(three[1], model, seed=0)
+    for name, value in lora.tensors.items():
+        torch.testing.assert_close(noise.tensors[name].norm(), value.norm(), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merged_snapshot_loads_with_equal_logits(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    stack = Stack(model)
+    stack.attach(replace(make(tiny_model(family), tmp_path, OrganPlan(2, 1, 3), "a"), dose=0.5))
+    stack.attach(replace(make(tiny_model(family), tmp_path, LoraPlan(rank=2), "b"), dose=0.25))
+    export_merged(model, NoTokenizer(), tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert torch.equal(logits_of(again), logits_of(model))
+    assert generate(again, use_cache=True) == generate(model, use_cache=False)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_export_never_replaces_a_directory(tmp_path: Path) -> None:
+    (tmp_path / "merged").mkdir()
+    with pytest.raises(RejectedError, match="AG-RCP-024"):
+        export_merged(tiny_model("llama"), NoTokenizer(), tmp_path / "merged")
+
+
+def test_failed_export_leaves_nothing_behind(tmp_path: Path) -> None:
+    class Broken:
+        def save_pretrained(self, directory: Path) -> None:
+            raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        export_merged(tiny_model("llama"), Broken(), tmp_path / "merged")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_organ_is_no_peft_adapter(three: tuple[Attachment, ...], tmp_path: Path) -> None:
+    with pytest.raises(RejectedError, match="AG-RCP-024"):
+        export_peft(three[0], tmp_path / "adapter")
+    with pytest.raises(RejectedError, match="AG-RCP-024"):
+        export_peft(replace(three[1], dose=0.0), tmp_path / "adapter")
