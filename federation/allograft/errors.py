@@ -326,6 +326,12 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
             "a model directory cannot be identified",
             "It needs config.json, a tokenizer, and each tensor once in *.safetensors files.",
         ),
+        # --- AG-LOG: the log, its witnesses and its audit ---
+        "AG-LOG-001": ErrorCode(
+            "a log entry is malformed",
+            "Ask the site that made it to upgrade; entries have one spelling, see "
+            "protos/spec/log.md.",
+        ),
         # --- AG-RLY: relay between coordinator and sites ---
         "AG-RLY-001": ErrorCode(
             "a relay frame is malformed",
