@@ -94,6 +94,7 @@ class _Lane:
 
     calls: dict[str, Header] = field(default_factory=dict)
     wanted: deque[tuple[str, int]] = field(default_factory=deque)
+    taken: set[tuple[str, int]] = field(default_factory=set)  # put since the last poll was called
     outbox: tuple[str, ...] = ()
     announced: frozenset[str] = frozenset()
     moved_s: float = 0.0
@@ -189,6 +190,7 @@ class Relay:
     def _poll(self, site: str, lane: _Lane, node_id: int) -> OutgoingCall:
         announced = self._announcements(site)
         lane.announced = frozenset(entry.item.item_id for entry in announced)
+        lane.taken.clear()
         rows = [row for item_id in lane.outbox if (row := self._store.find_item(item_id))]
         reported = self._store.sites().get(site)
         witnessed_size = reported.witnessed_size if reported else 0
@@ -337,8 +339,9 @@ class Relay:
         if answer.status == "refused":
             raise UnavailableError("AG-RLY-007", "the site cannot take a part now")
         lane.moved_s = self._monotonic_s()
+        lane.taken.add((call.item, call.part))
         # Go on with the part after the last one under way, without waiting for the next poll: an
-        # idle SuperNode sleeps three seconds. What the site has already is put twice at worst once.
+        # idle SuperNode sleeps three seconds. What it has already it takes again.
         row = self._store.find_item(call.item)
         if row is None or row.state != "waiting":
             return
@@ -359,7 +362,7 @@ class Relay:
                 lane.moved_s = self._monotonic_s()
         if self._apply_outcomes(site, answer):
             lane.moved_s = self._monotonic_s()
-        lane.wanted = deque(self._read_wants(site, answer))
+        lane.wanted = deque(self._read_wants(site, lane, answer))
         if answer.cosignature:
             self._desk.cosigned(site, answer.cosignature)
 
@@ -410,11 +413,18 @@ class Relay:
                 changed = True
         return changed
 
-    def _read_wants(self, site: str, answer: PollAnswer) -> list[tuple[str, int]]:
+    def _read_wants(self, site: str, lane: _Lane, answer: PollAnswer) -> list[tuple[str, int]]:
         wanted: list[tuple[str, int]] = []
         for want in answer.wants:
             row = self._store.find_item(want.item_id)
             if row is None or row.site != site or row.state != "waiting":
                 continue
-            wanted += [(want.item_id, part) for part in want.parts if part < row.item.part_count]
+            wanted += [
+                (want.item_id, part)
+                for part in want.parts
+                # The answer was written before what is under way, or just arrived, was there.
+                if part < row.item.part_count
+                and not lane.carries(want.item_id, part)
+                and (want.item_id, part) not in lane.taken
+            ]
         return wanted[: LIMITS.parts_in_flight]

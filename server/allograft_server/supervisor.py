@@ -232,4 +232,8 @@ class Supervisor:
             # Flower needs no numerics; idle thread pools only cost memory.
             "OMP_NUM_THREADS": "1",
             "MALLOC_ARENA_MAX": "2",
+            # Give the memory of a part back as soon as the part is gone: left to itself, glibc
+            # learns from the first part to keep tens of megabytes.
+            "MALLOC_MMAP_THRESHOLD_": "131072",
+            "MALLOC_TRIM_THRESHOLD_": "131072",
         }

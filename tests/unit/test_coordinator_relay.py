@@ -211,6 +211,20 @@ def test_delivers_a_large_item(world: World, site: SimulatedSite) -> None:
     assert [row.item_id for row in world.delivered] == [item.item_id]
 
 
+def test_puts_no_part_twice_while_answers_come_late(world: World, site: SimulatedSite) -> None:
+    item = world.waiting_item("ward", {"part-000.sealed": 30 * PART})
+    late: list[tuple[str, SignedFrame]] = []
+    for _ in range(200):
+        calls = [(call.header.call, world.carry(call)) for call in world.next_calls()]
+        for call_id, answer in late[:2]:
+            world.relay.settle(call_id, answer)
+        late = late[2:] + calls
+        world.now_s += 0.5
+    assert world.state_of(item) == "delivered"
+    put = [header.part for header in site.calls if header.method == "put"]
+    assert sorted(put) == list(range(30))
+
+
 def test_delivers_one_upload_to_several_sites(world: World) -> None:
     sites = [world.add_site(name) for name in ("a", "b", "c")]
     source = make_files(world.directory / "source", {"part-000.sealed": 3 * PART})
