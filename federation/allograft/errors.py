@@ -332,6 +332,18 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
             "Ask the site that made it to upgrade; entries have one spelling, see "
             "protos/spec/log.md.",
         ),
+        "AG-LOG-002": ErrorCode(
+            "a Merkle proof does not hold",
+            "Ask for the proof again; if it persists, show it and the checkpoint to the auditors.",
+        ),
+        "AG-LOG-003": ErrorCode(
+            "a signed note or verifier key is malformed",
+            "Copy it again without changing a byte; see protos/spec/log.md for the format.",
+        ),
+        "AG-LOG-004": ErrorCode(
+            "a note is not signed by the log",
+            "Compare the log's verifier key in the roster with the one the coordinator shows.",
+        ),
         # --- AG-RLY: relay between coordinator and sites ---
         "AG-RLY-001": ErrorCode(
             "a relay frame is malformed",
