@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from allograft.crypto import canonical
@@ -33,15 +34,21 @@ def load_model(directory: Path, device: str = "cpu") -> PreTrainedModel:
     if not any(directory.glob("*.safetensors")):
         raise RejectedError("AG-RCP-032", "there are no safetensors weights in the model directory")
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+        loaded: tuple[PreTrainedModel, dict[str, Any]] = AutoModelForCausalLM.from_pretrained(
             directory,
             local_files_only=True,
             trust_remote_code=False,
             use_safetensors=True,
             dtype=torch.float32 if device == "cpu" else "auto",
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise RejectedError("AG-RCP-032", f"cannot load it: {type(error).__name__}") from error
+    model, loading = loaded
+    # transformers fills gaps with random numbers and only logs that it did.
+    gaps = len(loading["missing_keys"]) + len(loading["mismatched_keys"])
+    if gaps:
+        raise RejectedError("AG-RCP-032", f"{gaps} of its tensors are missing or do not fit")
     find_family(model.config)
     return model.to(device).eval()
 
