@@ -61,7 +61,7 @@ _MIGRATIONS: tuple[str, ...] = (
     ) STRICT;
     CREATE TABLE dispatch (
         dispatch_id TEXT PRIMARY KEY, packet_id TEXT NOT NULL, item_id TEXT NOT NULL,
-        digest TEXT NOT NULL, entry INTEGER NOT NULL,
+        digest TEXT NOT NULL,
         state TEXT NOT NULL CHECK (state IN ('logged', 'released', 'withdrawn', 'expired')),
         not_after TEXT NOT NULL, time TEXT NOT NULL
     ) STRICT;
@@ -71,6 +71,10 @@ _MIGRATIONS: tuple[str, ...] = (
             'withdrawn', 'expired', 'kept', 'reverted', 'refused', 'quarantined')),
         code TEXT NOT NULL, time TEXT NOT NULL, PRIMARY KEY (dispatch_id, site)
     ) STRICT, WITHOUT ROWID;
+    CREATE TABLE to_log (
+        number INTEGER PRIMARY KEY, sha256 TEXT NOT NULL UNIQUE, entry BLOB NOT NULL,
+        dispatch_id TEXT NOT NULL, place INTEGER
+    ) STRICT;
     CREATE TABLE receipt (
         number INTEGER PRIMARY KEY, digest TEXT NOT NULL UNIQUE, dispatch_id TEXT NOT NULL,
         site TEXT NOT NULL, state TEXT NOT NULL, code TEXT NOT NULL, envelope BLOB NOT NULL,
@@ -121,13 +125,12 @@ class PacketRow:
 
 @dataclass(frozen=True, slots=True)
 class DispatchRow:
-    """A dispatch; `entry` is the index of its event in the log."""
+    """A dispatch; `item_id` is the item that brought it, `digest` that of its envelope."""
 
     dispatch_id: str
     packet_id: str
     item_id: str
     digest: str
-    entry: int
     state: str
     not_after: str
 
@@ -140,6 +143,14 @@ class DeliveryRow:
     site: str
     state: str
     code: str
+
+
+@dataclass(frozen=True, slots=True)
+class QueuedEntry:
+    """An entry that waits for its place in the log."""
+
+    number: int
+    entry: bytes
 
 
 class Store:
@@ -319,7 +330,7 @@ class Store:
         """The newest card of every site, as signed."""
         return tuple(row["envelope"] for row in self._rows("SELECT * FROM card ORDER BY site"))
 
-    # --- packets, dispatches, deliveries, receipts ---
+    # --- packets, dispatches, deliveries ---
 
     def add_packet(self, row: PacketRow) -> None:
         """Record an offer with its route."""
@@ -352,9 +363,9 @@ class Store:
         """Record a dispatch and a held delivery for each of its recipients."""
         with self.transaction():
             self._run(
-                "INSERT INTO dispatch VALUES (?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
-                row.dispatch_id, row.packet_id, row.item_id, row.digest, row.entry, row.state,
-                row.not_after, _now(),
+                "INSERT INTO dispatch VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+                row.dispatch_id, row.packet_id, row.item_id, row.digest, row.state, row.not_after,
+                _now(),
             )  # fmt: skip
             for site in audience:
                 self._run(
@@ -415,6 +426,36 @@ class Store:
                 after, code, _now(), dispatch_id, site, json.dumps(before),
             )
         )  # fmt: skip
+
+    def set_route(self, packet_id: str, route: bytes) -> None:
+        """Replace a packet's route by a newer one."""
+        self._run("UPDATE packet SET route = ? WHERE packet_id = ?", route, packet_id)
+
+    # --- entries on their way into the log ---
+
+    def queue_entry(self, sha256: str, entry: bytes, dispatch_id: str) -> None:
+        """Queue an entry for the log in the transaction of what it announces."""
+        self._run(
+            "INSERT INTO to_log (sha256, entry, dispatch_id) VALUES (?, ?, ?) ON CONFLICT DO"
+            " NOTHING",
+            sha256, entry, dispatch_id,
+        )  # fmt: skip
+
+    def queued_entries(self) -> tuple[QueuedEntry, ...]:
+        """Entries that are not known to be in the log, oldest first."""
+        rows = self._rows("SELECT number, entry FROM to_log WHERE place IS NULL ORDER BY number")
+        return tuple(QueuedEntry(row["number"], row["entry"]) for row in rows)
+
+    def place_entry(self, number: int, place: int) -> None:
+        """Record where in the log an entry stands."""
+        self._run("UPDATE to_log SET place = ? WHERE number = ?", place, number)
+
+    def place_of_dispatch(self, dispatch_id: str) -> int | None:
+        """Where in the log a dispatch stands, or None while it is queued."""
+        rows = self._rows("SELECT place FROM to_log WHERE dispatch_id = ?", dispatch_id)
+        return rows[0]["place"] if rows else None
+
+    # --- receipts ---
 
     def add_receipt(
         self, digest: str, dispatch_id: str, site: str, state: str, code: str, envelope: bytes
