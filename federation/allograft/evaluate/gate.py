@@ -64,11 +64,15 @@ class DoseTrial:
 
 @dataclass(frozen=True, slots=True)
 class DosePoint:
-    """One dose in figures: gain on the selection documents, worsening on retention text."""
+    """One dose in figures: gain on the selection documents, worsening on retention text.
+
+    `retention_high` is the upper bound of the worsening, by which a dose is chosen.
+    """
 
     dose: float
     gain: float
     retention_change: float
+    retention_high: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,37 +120,39 @@ class Decision:
 
 
 def dose_curve(
-    selection_before: Losses, retention_before: Losses, trials: Sequence[DoseTrial]
+    selection_before: Losses,
+    retention_before: Losses,
+    trials: Sequence[DoseTrial],
+    plan: Resampling | None = None,
 ) -> tuple[DosePoint, ...]:
     """Gain and worsening of each dose, in the order given."""
-    return tuple(
-        DosePoint(
-            trial.dose,
-            selection_before.nats_per_token - trial.selection.nats_per_token,
-            trial.retention.nats_per_token - retention_before.nats_per_token,
-        )
-        for trial in trials
-    )
+    points = []
+    for trial in trials:
+        kept = paired_gain(retention_before, trial.retention, plan)
+        gain = selection_before.nats_per_token - trial.selection.nats_per_token
+        points.append(DosePoint(trial.dose, gain, -kept.value, -kept.low))
+    return tuple(points)
 
 
 def choose_dose(curve: Sequence[DosePoint], rules: GateRules) -> float:
-    """The dose to judge: the best gain among those that seem to keep retention.
+    """The dose to judge: the best gain among those that keep retention within the limit.
 
-    If none does, the dose that worsens retention least, so that the report still shows how close
-    it came. The choice is not a verdict: `decide` may refuse any dose.
+    Retention counts by its upper bound, as in the judgement: a dose chosen at the very edge would
+    fail there by chance. If no dose is within the limit, the one that worsens retention least is
+    taken, so that the report still shows how close it came.
 
     Raises:
         RejectedError: AG-EVA-002 if a loss was not finite.
     """
     if not curve:
         raise ValueError("no dose was tried")
-    if not all(np.isfinite([p.gain, p.retention_change]).all() for p in curve):
+    if not all(np.isfinite([p.gain, p.retention_high]).all() for p in curve):
         raise RejectedError("AG-EVA-002", "a loss of a tried dose is not a finite number")
-    harmless = [p for p in curve if p.retention_change <= rules.max_retention_loss]
+    harmless = [p for p in curve if p.retention_high <= rules.max_retention_loss]
     if harmless:
         # On a tie the smaller dose: less change for the same gain.
         return max(harmless, key=lambda p: (p.gain, -p.dose)).dose
-    return min(curve, key=lambda p: (p.retention_change, p.dose)).dose
+    return min(curve, key=lambda p: (p.retention_high, p.dose)).dose
 
 
 def check_documents(counts: Sequence[tuple[str, int]], rules: GateRules) -> None:

@@ -77,7 +77,12 @@ class TrialReport:
                 "excess": _write_interval(decision.excess),
             },
             "curve": [
-                {"dose": p.dose, "gain": p.gain, "retention_change": p.retention_change}
+                {
+                    "dose": p.dose,
+                    "gain": p.gain,
+                    "retention_change": p.retention_change,
+                    "retention_high": p.retention_high,
+                }
                 for p in self.curve
             ],
             "documents": {
@@ -182,12 +187,9 @@ def _read_interval(value: canonical.Json) -> Interval:
 
 
 def _read_point(value: canonical.Json) -> DosePoint:
-    fields = canonical.as_object(value, {"dose", "gain", "retention_change"})
-    return DosePoint(
-        canonical.as_number(fields["dose"]),
-        canonical.as_number(fields["gain"]),
-        canonical.as_number(fields["retention_change"]),
-    )
+    names = ("dose", "gain", "retention_change", "retention_high")
+    fields = canonical.as_object(value, names)
+    return DosePoint(*(canonical.as_number(fields[name]) for name in names))
 
 
 def _read_counts(value: canonical.Json) -> DocumentCounts:

@@ -212,7 +212,7 @@ class _Trial:
                 self._subject.attachment, dose, (self._selection, self._kept_selection)
             )
             trials.append(DoseTrial(dose, *measured))
-        return dose_curve(before, kept, trials)
+        return dose_curve(before, kept, trials, self._plan.rules.resampling)
 
     def _gather(self, dose: float) -> Evidence:
         documents = (self._test, self._kept_test)

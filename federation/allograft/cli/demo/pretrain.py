@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.utils import logging
 
 from allograft.recipes.loop import train
 from allograft.recipes.plan import LoopPlan, Step
@@ -100,6 +101,8 @@ def write_shape(directory: Path, texts: Sequence[str]) -> None:
 
 def run_job(job: PretrainJob, progress: Progress | None = None) -> None:
     """Make one model and write it with its tokenizer."""
+    # The demo shows its own progress; this library's bars would write over it.
+    logging.disable_progress_bar()
     threads = torch.get_num_threads()
     torch.set_num_threads(job.threads)
     try:
