@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What every command line of Allograft shares: output formats, error lines, exit codes.
+
+Invariant: a failure prints `PROGRAM: error: CODE: cause` and `PROGRAM: hint: fix` on stderr (one
+JSON object with `--format json`), and leaves with 1 rejected, 2 usage, 3 unavailable, 70 defect.
+Results go to stdout alone, so scripts can read them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from enum import Enum, StrEnum
+from pathlib import PurePath
+from typing import Annotated, Any, NoReturn, TypeVar
+
+import click
+import typer
+
+from allograft.crypto import canonical
+from allograft.errors import AllograftError, RejectedError
+
+EXIT_REJECTED = 1
+EXIT_USAGE = 2
+EXIT_UNAVAILABLE = 3
+EXIT_DEFECT = 70  # EX_SOFTWARE of sysexits.h: neither the input nor the environment is at fault
+EXIT_INTERRUPTED = 130
+
+T = TypeVar("T")
+
+
+class Format(StrEnum):
+    """How a command writes its result."""
+
+    text = "text"
+    json = "json"
+
+
+#: Annotation of the one `format` parameter that every command has.
+FormatOption = Annotated[
+    Format, typer.Option("--format", help="How to write the result: text for people, or json.")
+]
+
+
+def emit(value: T, format: Format, render: Callable[[T], str]) -> None:
+    """Write a result to stdout.
+
+    Args:
+        value: A dataclass, a mapping, or a list of them.
+        format: What the person asked for.
+        render: Makes the text for people.
+    """
+    if format is Format.json:
+        click.echo(json.dumps(to_json(value), indent=2, sort_keys=True, ensure_ascii=False))
+    else:
+        click.echo(render(value))
+
+
+def to_json(value: Any) -> Any:
+    """A result as JSON values: times in UTC, bytes in hex, paths as text."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = dataclasses.fields(value)
+        return {field.name: to_json(getattr(value, field.name)) for field in fields}
+    if isinstance(value, Mapping):
+        return {str(name): to_json(entry) for name, entry in value.items()}
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, datetime):
+        return canonical.format_time(value)
+    if isinstance(value, bytes):
+        return value.hex()
+    if isinstance(value, PurePath):
+        return str(value)
+    if isinstance(value, Sequence | set | frozenset) and not isinstance(value, str):
+        entries = sorted(value) if isinstance(value, set | frozenset) else value
+        return [to_json(entry) for entry in entries]
+    return value
+
+
+def run(app: typer.Typer, program: str) -> NoReturn:
+    """Run a command line and leave the process with its exit code.
+
+    Args:
+        app: The commands.
+        program: The name that starts each error line, such as ``allograft-site``.
+    """
+    sys.exit(invoke(app, program, sys.argv[1:]))
+
+
+def invoke(app: typer.Typer, program: str, arguments: Sequence[str]) -> int:
+    """Run a command line and return its exit code."""
+    command = typer.main.get_command(app)
+    as_json = _asks_for_json(arguments)
+    try:
+        result = command.main(list(arguments), prog_name=program, standalone_mode=False)
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return EXIT_USAGE
+    except click.UsageError as error:
+        _complain_usage(error, program)
+        return EXIT_USAGE
+    except click.ClickException as error:
+        click.echo(f"{program}: error: {error.format_message()}", err=True)
+        return EXIT_USAGE
+    except AllograftError as error:
+        _complain(error, program, as_json)
+        return EXIT_REJECTED if isinstance(error, RejectedError) else EXIT_UNAVAILABLE
+    except (click.Abort, KeyboardInterrupt):
+        click.echo(f"{program}: error: interrupted", err=True)
+        return EXIT_INTERRUPTED
+    except Exception as error:  # noqa: BLE001  (the last line of defence before a traceback)
+        # The type only: the message of an unexpected exception may quote training text or paths.
+        click.echo(f"{program}: error: unexpected {type(error).__name__}", err=True)
+        click.echo(f"{program}: hint: this is a defect; please report what you ran", err=True)
+        return EXIT_DEFECT
+    return result if isinstance(result, int) else 0
+
+
+def _complain(error: AllograftError, program: str, as_json: bool) -> None:
+    if as_json:
+        fields = {"code": error.code, "cause": error.cause, "hint": error.fix}
+        click.echo(json.dumps({"error": fields}, sort_keys=True), err=True)
+        return
+    click.echo(f"{program}: error: {error.code}: {error.cause}", err=True)
+    click.echo(f"{program}: hint: {error.fix}", err=True)
+
+
+def _complain_usage(error: click.UsageError, program: str) -> None:
+    click.echo(f"{program}: error: {error.format_message()}", err=True)
+    path = error.ctx.command_path if error.ctx else program
+    click.echo(f"{program}: hint: see `{path} --help`", err=True)
+
+
+def _asks_for_json(arguments: Sequence[str]) -> bool:
+    # Read before parsing: an error must know its format even when parsing has not got there.
+    pairs = itertools.pairwise(arguments)
+    return ("--format", "json") in pairs or "--format=json" in arguments
