@@ -19,7 +19,8 @@ from allograft.errors import RejectedError, UnavailableError
 from allograft.limits import LIMITS
 from allograft.relay.item import FROM_COORDINATOR, Item, check_part
 from allograft.relay.poll import Announcement, Refusal, Want
-from allograft_client.store import ItemRow, Lane, Store
+from allograft_client.rows import ItemRow
+from allograft_client.store import Lane, Store
 
 
 class Inbox:

@@ -20,7 +20,8 @@ from allograft.errors import RejectedError
 from allograft.limits import LIMITS
 from allograft.relay.item import FROM_SITE, Item, describe_item, inline_files
 from allograft.relay.poll import Announcement, Refusal
-from allograft_client.store import ItemRow, Store
+from allograft_client.rows import ItemRow
+from allograft_client.store import Store
 
 
 class Outbox:

@@ -31,7 +31,7 @@ from allograft_client.exchange import Exchange
 #: A frame is one part and its signed header.
 MESSAGE_BYTES = LIMITS.part_bytes + (1 << 20)
 
-_SOCKET_PATH_BYTES = 100  # Linux takes 107 and a NUL; leave room for the kernel's own naming
+SOCKET_PATH_BYTES = 100  # Linux takes 107 and a NUL; leave room for the kernel's own naming
 _CONNECTIONS = 8
 _BLOCK_BYTES = 1 << 18
 _CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid
@@ -140,7 +140,7 @@ def _copy(source: socket.socket, target: socket.socket) -> None:
 
 
 def _listen(path: Path) -> socket.socket:
-    if len(os.fsencode(path)) > _SOCKET_PATH_BYTES:
+    if len(os.fsencode(path)) > SOCKET_PATH_BYTES:
         raise RejectedError("AG-SIT-011", f"{len(os.fsencode(path))} bytes: {path}")
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     path.parent.chmod(0o700)

@@ -14,7 +14,6 @@ import json
 import sqlite3
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +21,16 @@ from typing import Any, Literal
 from allograft.crypto import canonical
 from allograft.errors import RejectedError, UnavailableError
 from allograft.relay.item import Item
+from allograft_client.rows import (
+    AttachmentRow,
+    Change,
+    ExtraRow,
+    ItemRow,
+    JobRow,
+    ModelRow,
+    PacketRow,
+    ReceiptRow,
+)
 
 Direction = Literal["out", "in"]
 Lane = Literal["light", "heavy"]
@@ -49,6 +58,11 @@ _MIGRATIONS: tuple[str, ...] = (
         state TEXT NOT NULL, code TEXT NOT NULL, reason TEXT NOT NULL, facts TEXT NOT NULL,
         time TEXT NOT NULL
     ) STRICT;
+    CREATE TABLE extra (
+        item_id TEXT PRIMARY KEY, packet_id TEXT NOT NULL, code TEXT NOT NULL,
+        reason TEXT NOT NULL, time TEXT NOT NULL
+    ) STRICT;
+    CREATE TABLE setting (name TEXT PRIMARY KEY, value TEXT NOT NULL) STRICT;
     CREATE TABLE history (
         number INTEGER PRIMARY KEY, packet_id TEXT NOT NULL, state TEXT NOT NULL,
         code TEXT NOT NULL, reason TEXT NOT NULL, time TEXT NOT NULL
@@ -68,8 +82,8 @@ _MIGRATIONS: tuple[str, ...] = (
         number INTEGER PRIMARY KEY AUTOINCREMENT, lane TEXT NOT NULL, kind TEXT NOT NULL,
         subject TEXT NOT NULL, arguments TEXT NOT NULL,
         state TEXT NOT NULL CHECK (state IN ('queued', 'running', 'done', 'failed')),
-        progress TEXT NOT NULL, result TEXT NOT NULL, code TEXT NOT NULL, cause TEXT NOT NULL,
-        time TEXT NOT NULL
+        attempts INTEGER NOT NULL, progress TEXT NOT NULL, result TEXT NOT NULL,
+        code TEXT NOT NULL, cause TEXT NOT NULL, time TEXT NOT NULL
     ) STRICT;
     CREATE TABLE dispatch_seen (
         dispatch_id TEXT PRIMARY KEY, packet_id TEXT NOT NULL, time TEXT NOT NULL
@@ -85,101 +99,6 @@ _MIGRATIONS: tuple[str, ...] = (
     ) STRICT;
     """,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class ModelRow:
-    """A model of this site; `facts` are what `recipes` measured of it, as JSON."""
-
-    name: str
-    path: Path
-    data: Path
-    retention: Path
-    facts: Mapping[str, Any]
-    time: str
-
-
-@dataclass(frozen=True, slots=True)
-class PacketRow:
-    """A packet, its one state, and why it is in it."""
-
-    packet_id: str
-    role: str
-    donor: str
-    kind: str
-    model: str
-    dispatch_id: str
-    state: str
-    code: str
-    reason: str
-    facts: Mapping[str, Any]
-    time: str
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """One entry of a packet's history."""
-
-    state: str
-    code: str
-    reason: str
-    time: str
-
-
-@dataclass(frozen=True, slots=True)
-class ItemRow:
-    """An item of the outbox or inbox."""
-
-    item: Item
-    direction: str
-    packet_id: str
-    state: str
-    code: str
-
-    @property
-    def item_id(self) -> str:
-        """The item's identity."""
-        return self.item.item_id
-
-
-@dataclass(frozen=True, slots=True)
-class JobRow:
-    """A piece of work; `progress` is the worker's last word about itself."""
-
-    number: int
-    lane: str
-    kind: str
-    subject: str
-    arguments: Mapping[str, Any]
-    state: str
-    progress: Mapping[str, Any]
-    result: Mapping[str, Any]
-    code: str
-    cause: str
-    time: str
-
-
-@dataclass(frozen=True, slots=True)
-class AttachmentRow:
-    """A kept attachment; `position` is its place in the model's stack, from 0."""
-
-    packet_id: str
-    model: str
-    position: int
-    path: Path
-    dose: float
-    time: str
-
-
-@dataclass(frozen=True, slots=True)
-class ReceiptRow:
-    """What a recipient of one of our packets reported."""
-
-    packet_id: str
-    site: str
-    state: str
-    code: str
-    time: str
 
 
 class Store:
@@ -337,9 +256,35 @@ class Store:
             merged = {**self.packet(packet_id).facts, **facts}
             self._run("UPDATE packet SET facts = ? WHERE packet_id = ?", _write(merged), packet_id)
 
-    def set_packet_model(self, packet_id: str, model: str) -> None:
-        """Record which of our models a received packet was checked against."""
-        self._run("UPDATE packet SET model = ? WHERE packet_id = ?", model, packet_id)
+    def describe_packet(self, packet_id: str, kind: str, model: str, dispatch_id: str) -> None:
+        """Record what verification found: the kind, the model it fits, the dispatch it came by."""
+        self._run(
+            "UPDATE packet SET kind = ?, model = ?, dispatch_id = ? WHERE packet_id = ?",
+            kind, model, dispatch_id, packet_id,
+        )  # fmt: skip
+
+    def add_extra(self, item_id: str, packet_id: str, code: str, reason: str) -> None:
+        """Record a copy of a known packet that was turned away without changing it."""
+        self._run(
+            "INSERT OR IGNORE INTO extra VALUES (?, ?, ?, ?, ?)",
+            item_id, packet_id, code, reason, now_text(),
+        )  # fmt: skip
+
+    def extras(self) -> tuple[ExtraRow, ...]:
+        """Copies that were turned away, oldest first."""
+        rows = self._rows("SELECT * FROM extra ORDER BY rowid")
+        return tuple(ExtraRow(**dict(row)) for row in rows)
+
+    # --- settings that the daemon keeps for itself ---
+
+    def setting(self, name: str, default: str = "") -> str:
+        """A remembered value."""
+        rows = self._rows("SELECT value FROM setting WHERE name = ?", name)
+        return str(rows[0]["value"]) if rows else default
+
+    def set_setting(self, name: str, value: str) -> None:
+        """Remember a value."""
+        self._run("INSERT OR REPLACE INTO setting VALUES (?, ?)", name, value)
 
     def has_packet(self, packet_id: str) -> bool:
         """Whether the packet is known here."""
@@ -415,6 +360,10 @@ class Store:
         """Drop the part records of an item that is complete or refused."""
         self._run("DELETE FROM part WHERE item_id = ?", item_id)
 
+    def set_item_packet(self, item_id: str, packet_id: str) -> None:
+        """Record which packet an incoming item is a copy of."""
+        self._run("UPDATE item SET packet_id = ? WHERE item_id = ?", packet_id, item_id)
+
     # --- jobs ---
 
     def add_job(
@@ -423,8 +372,9 @@ class Store:
         """Queue work and return its number."""
         with self.transaction():
             cursor = self._connection().execute(
-                "INSERT INTO job (lane, kind, subject, arguments, state, progress, result, code,"
-                " cause, time) VALUES (?, ?, ?, ?, 'queued', '{}', '{}', '', '', ?)",
+                "INSERT INTO job (lane, kind, subject, arguments, state, attempts, progress,"
+                " result, code, cause, time)"
+                " VALUES (?, ?, ?, ?, 'queued', 0, '{}', '{}', '', '', ?)",
                 (lane, kind, subject, _write(arguments or {}), now_text()),
             )
             return int(cursor.lastrowid or 0)
@@ -439,7 +389,10 @@ class Store:
             if not rows:
                 return None
             number = rows[0]["number"]
-            self._run("UPDATE job SET state = 'running' WHERE number = ?", number)
+            self._run(
+                "UPDATE job SET state = 'running', attempts = attempts + 1 WHERE number = ?",
+                number,
+            )
             return self.job(number)
 
     def requeue_jobs(self) -> int:

@@ -152,8 +152,8 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
             "Send enrolment.json to the roster's keeper, then run `allograft-site join`.",
         ),
         "AG-SIT-009": ErrorCode(
-            "there is no policy file: nothing leaves and nothing attaches",
-            "Read policy.toml.example in the state directory and save your own as policy.toml.",
+            "the daemon did not finish a request in time",
+            "The request stays queued; `allograft-site status` shows how far it is.",
         ),
         "AG-SIT-010": ErrorCode(
             "a dispatch was seen before",
@@ -175,6 +175,10 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
             "a recipient may not get this packet",
             "`allograft-site packet show ID` lists the coordinator's proposals and why others are "
             "refused.",
+        ),
+        "AG-SIT-015": ErrorCode(
+            "the coordinator cannot be reached",
+            "Check address, network and firewall: this site dials one port, outwards only.",
         ),
         # --- AG-PKT: packets, their files and their tensors ---
         "AG-PKT-001": ErrorCode(

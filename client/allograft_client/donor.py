@@ -1,0 +1,393 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A donation, from a plan to signed evidence that waits for approval.
+
+Train (worker) → rebuild the payload from an allow-list → evaluate the rebuilt bytes (worker) →
+statements → gates → dossier. Each step leaves its result as a file in the packet's directory, so
+a killed daemon goes on where it was. Nothing here talks to anyone; see `dispatcher` for what
+leaves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import secrets
+import shutil
+from collections.abc import Callable, Mapping
+from datetime import datetime, timedelta
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from allograft.crypto import canonical, dsse
+from allograft.durable import durable_write
+from allograft.errors import RejectedError
+from allograft.packet import container, oms
+from allograft.packet.tensors import check_file
+from allograft.privacy.dossier import Dossier, PayloadPart, Software
+from allograft.privacy.egress import WIRE_DTYPES, rebuild_file, with_wire_dtype
+from allograft.privacy.gates import Submission, check_results, run_gates
+from allograft.privacy.shapes import allow_list, read_base
+from allograft.provenance.intoto import Statement
+from allograft.provenance.statement import (
+    Dose,
+    DosePoint,
+    Licence,
+    PacketStatement,
+    read_packet_statement,
+    sign_packet_statement,
+    write_base,
+)
+from allograft.provenance.training import (
+    Evaluation,
+    TrainingRun,
+    commit_data,
+    sign_evaluation,
+    sign_training,
+)
+from allograft.provenance.verify import check_attestations
+from allograft_client.plan import DonationPlan
+from allograft_client.rows import PacketRow
+from allograft_client.runner import Progress
+from allograft_client.site import Site, model_base
+from allograft_client.store import now_text
+
+_PROGRAMS = ("allograft", "torch", "transformers", "peft", "safetensors", "cryptography")
+
+
+def plan_donation(site: Site, plan: DonationPlan) -> str:
+    """Check a plan against the site's policy and queue it; returns the packet's id.
+
+    Raises:
+        RejectedError: AG-PRV-001 no policy, AG-PRV-003 the policy forbids it, AG-SIT-003 unknown
+            model, AG-IN-003 or AG-RCP-035 a bad plan, AG-PRV-01x the mode.
+    """
+    plan.check()
+    site.policy().check_donation(plan.mode, plan.kind)
+    site.store.model(plan.model)
+    if not plan.data.is_file():
+        raise RejectedError("AG-IN-003", f"there is no file {plan.data.name}")
+    packet_id = secrets.token_hex(16)
+    with site.store.transaction():
+        site.store.add_packet(
+            PacketRow(
+                packet_id=packet_id,
+                role="donor",
+                donor=site.name,
+                kind=plan.kind,
+                model=plan.model,
+                dispatch_id="",
+                state="training",
+                code="",
+                reason="planned; training has not begun",
+                facts={"domain": plan.domain, "mode": plan.mode},
+                time=now_text(),
+            )
+        )
+        site.store.add_job("heavy", "donate", packet_id, plan.to_json())
+    return packet_id
+
+
+def donate(site: Site, packet_id: str, plan: DonationPlan, tell: Progress) -> None:
+    """Make a packet and its evidence; ends in `awaiting-approval`, or straight in an offer.
+
+    Raises:
+        RejectedError: What the policy, the recipe or a gate refuses.
+        UnavailableError: The disk or a worker; the job goes on later.
+    """
+    policy = site.policy()
+    policy.check_donation(plan.mode, plan.kind)
+    directory = site.packet_path(packet_id)
+    directory.mkdir(mode=0o700, exist_ok=True)
+    donation = _Donation(site, packet_id, plan, directory, tell)
+    extract = donation.step("extract.json", donation.train)
+    facts = donation.rebuild(extract)
+    evaluation = donation.step("evaluation.json", lambda: donation.evaluate(facts))
+    if not (directory / "attestations.jsonl").exists():
+        tell({"stage": "signing the evidence and running the gates"})
+        donation.build(facts, extract, evaluation)
+    shutil.rmtree(directory / "work", ignore_errors=True)
+
+
+class _Donation:
+    """One donation under way."""
+
+    def __init__(
+        self, site: Site, packet_id: str, plan: DonationPlan, directory: Path, tell: Progress
+    ) -> None:
+        self._site = site
+        self._packet_id = packet_id
+        self._plan = plan
+        self._directory = directory
+        self._tell = tell
+        self._model = site.store.model(plan.model)
+
+    def step(self, name: str, work: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
+        """Do a step once: its result is kept as a file."""
+        path = self._directory / name
+        if not path.exists():
+            durable_write(path, json.dumps(dict(work()), sort_keys=True).encode())
+        result: dict[str, Any] = json.loads(path.read_bytes())
+        return result
+
+    def train(self) -> Mapping[str, Any]:
+        """Train in a worker; an interrupted run resumes from its snapshot in `work`."""
+        work = self._directory / "work"
+        work.mkdir(mode=0o700, exist_ok=True)
+        started = now_text()
+        result = self._run("train", {"workdir": str(work), "plan": self._plan.training_json()})
+        return {**result, "started": started, "finished": now_text()}
+
+    def rebuild(self, extract: Mapping[str, Any]) -> dict[str, canonical.Json]:
+        """Write the payload that may leave; returns the facts that are true of it."""
+        wire_dtype = self._site.policy().donate.wire_dtype
+        facts = with_wire_dtype(extract["facts"], wire_dtype)
+        payload = self._directory / "payload"
+        if (self._directory / "evaluation.json").exists():
+            return facts  # the evaluated bytes stay as they are: rounding is random
+        self._tell({"stage": "rebuilding the payload from the allow-list"})
+        shutil.rmtree(payload, ignore_errors=True)
+        payload.mkdir(mode=0o700)
+        allowed = allow_list(self._plan.kind, facts, read_base(self._model.path))
+        for name in extract["files"]:
+            rebuild_file(self._directory / "work" / name, payload / name, allowed, wire_dtype)
+        return facts
+
+    def evaluate(self, facts: Mapping[str, canonical.Json]) -> Mapping[str, Any]:
+        """Measure the rebuilt payload on text it was not trained on."""
+        return self._run(
+            "evaluate",
+            {
+                "payload": str(self._directory / "payload"),
+                "facts": dict(facts),
+                "packet_id": self._packet_id,
+                "retention": str(self._model.retention),
+            },
+        )
+
+    def build(
+        self,
+        facts: Mapping[str, canonical.Json],
+        extract: Mapping[str, Any],
+        evaluation: Mapping[str, Any],
+    ) -> None:
+        """Sign the statements, run the gates, and record the packet as ready for approval."""
+        key = self._site.key
+        packet = self._statement(facts, evaluation)
+        run = self._training_run(extract)
+        judged = _judge(evaluation, packet.dose)
+        documents = _documents(packet, run, judged)
+        dossier = self._dossier(packet, facts, documents)
+        resources = [oms.Resource(part.name, part.sha256) for part in packet.parts]
+        statement = sign_packet_statement(packet, key)
+        signed_dossier = dsse.sign(dossier.to_statement(), dsse.IN_TOTO, [key]).to_bytes()
+        attestations = container.join_attestations(
+            [
+                oms.sign_bundle(resources, key),
+                statement,
+                sign_training(run, packet.subjects, key),
+                sign_evaluation(judged, packet.subjects, key),
+                signed_dossier,
+            ]
+        )
+        check_attestations(attestations, (key.public,))
+        durable_write(self._directory / "dossier.json", signed_dossier)
+        self._record(packet, dossier, judged, statement, extract)
+        # Last: its presence says that everything before it is on disk.
+        durable_write(self._directory / "attestations.jsonl", attestations)
+
+    def _record(
+        self,
+        packet: PacketStatement,
+        dossier: Dossier,
+        judged: Evaluation,
+        statement: bytes,
+        extract: Mapping[str, Any],
+    ) -> None:
+        self._site.store.add_packet_facts(
+            self._packet_id,
+            payload_bytes=packet.payload_bytes,
+            statement_digest=hashlib.sha256(statement).hexdigest(),
+            not_after=canonical.format_time(packet.not_after),
+            language=packet.language,
+            dose=packet.dose.default,
+            evaluation={"result": judged.result, **judged.figures},
+            gates=[{"name": g.name, "verdict": str(g.verdict)} for g in dossier.gates],
+            approvals_required=list(dossier.approvals_required),
+            training=extract["report"],
+        )
+
+    def _run(self, task: str, extra: Mapping[str, Any]) -> Mapping[str, Any]:
+        common = {
+            "task": task,
+            "model": str(self._model.path),
+            "device": self._site.settings.device,
+            "kind": self._plan.kind,
+            "data": str(self._plan.data),
+            "seed": self._plan.seed,
+            "window_tokens": self._plan.window_tokens,
+            "max_documents": self._plan.max_documents,
+        }
+        name = f"{task}-{self._packet_id}"
+        return self._site.runner.run(name, {**common, **extra}, self._tell)
+
+    def _statement(
+        self, facts: Mapping[str, canonical.Json], evaluation: Mapping[str, Any]
+    ) -> PacketStatement:
+        plan, created = self._plan, self._site.now()
+        payload = self._directory / "payload"
+        parts = container.list_payload(payload, plan.kind)
+        norms = {}
+        for part in parts:
+            with (payload / part.name).open("rb") as handle:
+                norms[part.name] = check_file(handle).frobenius_norm
+        return PacketStatement(
+            packet_id=self._packet_id,
+            donor=self._site.name,
+            kind=plan.kind,
+            recipe=f"allograft {version('allograft')}",
+            created=created,
+            not_after=created + timedelta(days=plan.valid_days),
+            base=model_base(self._model),
+            parts=parts,
+            facts=facts,
+            dose=_choose_dose(evaluation),
+            wire_dtype=WIRE_DTYPES[self._site.policy().donate.wire_dtype],
+            domain=plan.domain,
+            language=plan.language,
+            licence=Licence(plan.merge, plan.distil, plan.redonate),
+            purpose=plan.purpose,
+            retention_until=created + timedelta(days=plan.retention_days),
+            norms=norms,
+        )
+
+    def _training_run(self, extract: Mapping[str, Any]) -> TrainingRun:
+        with self._plan.data.open("rb") as handle:
+            data_sha256 = hashlib.file_digest(handle, "sha256").hexdigest()
+        salt = self._directory / "salt"
+        if not salt.exists():
+            durable_write(salt, secrets.token_bytes(32))
+        return TrainingRun(
+            packet_id=self._packet_id,
+            donor=self._site.name,
+            parameters=self._plan.public_json(),
+            base_digest=model_base(self._model).weights_digest,
+            data_commitment=commit_data(data_sha256, salt.read_bytes()),
+            started=_time(extract["started"]),
+            finished=_time(extract["finished"]),
+            software={software.name: software.version for software in _software()},
+        )
+
+    def _dossier(
+        self,
+        packet: PacketStatement,
+        facts: Mapping[str, canonical.Json],
+        documents: tuple[tuple[str, canonical.Json], ...],
+    ) -> Dossier:
+        policy = self._site.policy()
+        submission = Submission(
+            kind=packet.kind,
+            payload=self._directory / "payload",
+            allowed=allow_list(packet.kind, facts, read_base(self._model.path)),
+            wire_dtype=policy.donate.wire_dtype,
+            documents=documents,
+        )
+        gates = run_gates(submission)
+        check_results(gates)
+        return Dossier(
+            packet_id=packet.packet_id,
+            kind=packet.kind,
+            mode=self._plan.admitted(),
+            parts=tuple(PayloadPart(p.name, p.size_bytes, p.sha256) for p in packet.parts),
+            gates=gates,
+            policy_digest=policy.digest,
+            conditions_digest=policy.conditions_digest,
+            approvals_required=policy.donate.approvals,
+            software=_software(),
+            created=canonical.format_time(packet.created),
+        )
+
+
+def read_own_statement(site: Site, packet_id: str) -> PacketStatement:
+    """The statement of a packet that this site built."""
+    lines = (site.packet_path(packet_id) / "attestations.jsonl").read_bytes()
+    envelope = dsse.Envelope.from_bytes(container.split_attestations(lines)[1])
+    verified = dsse.verify(envelope, dsse.IN_TOTO, (site.key.public,))
+    return read_packet_statement(Statement.from_bytes(verified.payload))
+
+
+def _choose_dose(evaluation: Mapping[str, Any]) -> Dose:
+    """The donor's advice: the dose with the best balance of gain and loss on general text."""
+    points = evaluation["curve"]
+    best = max(points, key=lambda p: p["gain"]["value"] + p["retention_change"]["value"])
+    curve = tuple(
+        DosePoint(p["dose"], p["gain"]["value"], p["retention_change"]["value"]) for p in points
+    )
+    return Dose(best["dose"], curve)
+
+
+def _judge(evaluation: Mapping[str, Any], dose: Dose) -> Evaluation:
+    point = next(p for p in evaluation["curve"] if p["dose"] == dose.default)
+    helps = point["gain"]["low"] > 0
+    figures = {
+        "dose": point["dose"],
+        "gain": point["gain"]["value"],
+        "gain_low": point["gain"]["low"],
+        "gain_high": point["gain"]["high"],
+        "retention_change": point["retention_change"]["value"],
+        "documents": float(evaluation["documents"]),
+        "retention_documents": float(evaluation["retention"]),
+    }
+    test = "held-out gain is certain"
+    return Evaluation(
+        result="PASSED" if helps else "WARNED",
+        configuration=("held-out text of the donor", "general text of the donor"),
+        passed=(test,) if helps else (),
+        failed=() if helps else (test,),
+        figures=figures,
+    )
+
+
+def _documents(
+    packet: PacketStatement, run: TrainingRun, judged: Evaluation
+) -> tuple[tuple[str, canonical.Json], ...]:
+    """Everything a person could have written text into, for the text gate.
+
+    The sketch is left out: it is numbers in base64, in which any short pattern turns up by chance.
+    """
+    base = write_base(packet.base) | {"sketch": []}
+    licence = [packet.licence.merge, packet.licence.distil, packet.licence.redonate]
+    return (
+        (
+            "statement",
+            {
+                "recipe": packet.recipe,
+                "domain": packet.domain,
+                "language": packet.language,
+                "purpose": packet.purpose,
+                "facts": dict(packet.facts),
+                "base": base,
+                "licence": list(licence),
+                "donor": packet.donor,
+            },
+        ),
+        ("provenance", {"parameters": dict(run.parameters), "software": dict(run.software)}),
+        (
+            "evaluation",
+            {"configuration": list(judged.configuration), "passed": list(judged.passed)},
+        ),
+    )
+
+
+def _software() -> tuple[Software, ...]:
+    found = []
+    for name in _PROGRAMS:
+        try:
+            found.append(Software(name, version(name)))
+        except PackageNotFoundError:
+            continue
+    return tuple(found)
+
+
+def _time(text: str) -> datetime:
+    return canonical.parse_time(text)

@@ -1,0 +1,265 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Jobs: what the command line asked for and what arrivals cause, done one at a time per lane.
+
+The light lane answers mail (routes, receipts, approvals, dispatches); the heavy lane runs workers.
+Invariant: a job can be repeated after a kill without doing anything twice; a refusal ends it with
+a code that stays visible; what is merely unavailable puts it back in the queue.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import structlog
+
+from allograft.errors import AllograftError, RejectedError, UnavailableError
+from allograft.limits import LIMITS
+from allograft.packet.container import read_document
+from allograft.routing.withdrawal import verify_withdrawal
+from allograft_client import dispatcher, donor, recipient, trial
+from allograft_client.plan import DonationPlan
+from allograft_client.rows import ItemRow, JobRow, ModelRow
+from allograft_client.runner import Progress
+from allograft_client.site import Site
+from allograft_client.store import Lane, now_text
+
+_IDLE_S = 0.3
+_RETRY_S = 5.0
+_ATTEMPTS = 5  # of a job whose worker dies; a full disk is waited for without end
+
+Handler = Callable[[Site, JobRow, Progress], Mapping[str, Any] | None]
+
+
+def run_lane(site: Site, lane: Lane, stopped: threading.Event) -> None:
+    """Do the jobs of a lane until told to stop."""
+    while not stopped.is_set():
+        job = site.store.next_job(lane)
+        if job is None:
+            stopped.wait(_IDLE_S)
+        elif not run_job(site, job):
+            stopped.wait(_RETRY_S)
+    site.store.close()
+
+
+def run_job(site: Site, job: JobRow) -> bool:
+    """Do one job; False if it was put back because something is unavailable."""
+    log = structlog.get_logger("jobs").bind(job=job.number, kind=job.kind, packet=job.subject)
+    log.info("job-started")
+
+    def tell(progress: Mapping[str, Any]) -> None:
+        site.store.set_progress(job.number, progress)
+
+    try:
+        result = HANDLERS[job.kind](site, job, tell)
+    except UnavailableError as error:
+        if error.code == "AG-SIT-007" and job.attempts >= _ATTEMPTS:
+            log.error("job-given-up", code=error.code, cause=error.cause)
+            _fail(site, job, error)
+            return True
+        log.warning("job-postponed", code=error.code, cause=error.cause)
+        site.store.requeue_job(job.number, error.code, error.cause)
+        return False
+    except RejectedError as error:
+        log.warning("job-refused", code=error.code, cause=error.cause)
+        _fail(site, job, error)
+    except Exception as error:  # noqa: BLE001  (the daemon's main loop: one bad job must not end it)
+        log.error("job-crashed", code="AG-SIT-007", cause=type(error).__name__)
+        _fail(site, job, RejectedError("AG-SIT-007", f"stopped by {type(error).__name__}"))
+    else:
+        site.store.finish_job(job.number, result)
+        log.info("job-done")
+    return True
+
+
+def _fail(site: Site, job: JobRow, error: AllograftError) -> None:
+    with site.store.transaction():
+        site.store.fail_job(job.number, error.code, error.cause)
+        if job.kind == "donate":
+            # A gate or the policy refused, or the run cannot be repeated as planned.
+            refused = error.code.startswith("AG-PRV-")
+            state = "refused" if refused else "failed"
+            site.store.move_packet(job.subject, ["training"], state, error.cause, error.code)
+        elif job.kind == "take-in":
+            site.store.move_item(job.subject, "done", "refused", error.code)
+            row = site.store.find_item(job.subject, "in")
+            if row is not None and row.packet_id:
+                _restate(site, row.packet_id, "received", "quarantined", error)
+        elif job.kind == "trial":
+            _restate(site, job.subject, "verified", "verified", error)
+
+
+def _restate(site: Site, packet_id: str, before: str, after: str, error: AllograftError) -> None:
+    """No packet stays in a passing state without a word: the failure becomes its reason."""
+    if site.store.packet(packet_id).state == before:
+        site.store.move_packet(packet_id, [before], after, error.cause, error.code)
+
+
+def _take_in(site: Site, job: JobRow, tell: Progress) -> None:
+    """Look at an item that arrived whole."""
+    row = site.store.find_item(job.subject, "in")
+    if row is None:
+        raise RejectedError("AG-SIT-003", "no such item")
+    if row.item.kind == "packet":
+        recipient.take_packet(site, row, tell)
+        return
+    _SMALL[row.item.kind](site, row)
+    site.inbox.remove(row)
+
+
+def _document(site: Site, row: ItemRow, name: str, most: int = LIMITS.json_document_bytes) -> bytes:
+    return read_document(site.inbox.check_files(row) / name, most)
+
+
+def _take_roster(site: Site, row: ItemRow) -> None:
+    site.trust.take_roster(_document(site, row, "roster.json", LIMITS.roster_bundle_bytes))
+
+
+def _take_route(site: Site, row: ItemRow) -> None:
+    dispatcher.take_route(site, _document(site, row, "route.json"))
+
+
+def _take_receipt(site: Site, row: ItemRow) -> None:
+    dispatcher.take_receipt(site, _document(site, row, "receipt.json"))
+
+
+def _take_withdrawal(site: Site, row: ItemRow) -> None:
+    envelope = _document(site, row, "withdrawal.json")
+    withdrawal = verify_withdrawal(envelope, site.trust.roster(), site.now())
+    packet = site.store.packet(withdrawal.packet_id)
+    if packet.role != "recipient" or packet.donor != withdrawal.donor:
+        raise RejectedError("AG-SIT-012", "a withdrawal of a packet that its signer did not give")
+    trial.recall_packet(site, packet.packet_id)
+
+
+_SMALL: Mapping[str, Callable[[Site, ItemRow], None]] = {
+    "roster": _take_roster,
+    "route": _take_route,
+    "receipt": _take_receipt,
+    "withdrawal": _take_withdrawal,
+}
+
+
+def _add_model(site: Site, job: JobRow, tell: Progress) -> Mapping[str, Any]:
+    arguments = job.arguments
+    task = {
+        "task": "describe",
+        "model": arguments["path"],
+        "device": site.settings.device,
+        "data": arguments["data"],
+        "retention": arguments["retention"],
+    }
+    facts = dict(site.runner.run(f"describe-{job.number}", task, tell))
+    site.store.put_model(
+        ModelRow(
+            job.subject,
+            site.home.root / arguments["path"],
+            site.home.root / arguments["data"],
+            site.home.root / arguments["retention"],
+            facts,
+            now_text(),
+        )
+    )
+    return {"model": job.subject, "weights_digest": facts["base"]["weights_digest"]}
+
+
+def _donate(site: Site, job: JobRow, tell: Progress) -> Mapping[str, Any]:
+    state = site.store.packet(job.subject).state
+    if state == "training":
+        donor.donate(site, job.subject, DonationPlan.from_json(dict(job.arguments)), tell)
+        dispatcher.offer_packet(site, job.subject)
+    return {"packet_id": job.subject, "state": site.store.packet(job.subject).state}
+
+
+def _approve(site: Site, job: JobRow, _tell: Progress) -> Mapping[str, Any]:
+    dispatcher.approve_packet(site, job.subject, job.arguments["role"])
+    return {"packet_id": job.subject, "state": site.store.packet(job.subject).state}
+
+
+def _dispatch(site: Site, job: JobRow, tell: Progress) -> Mapping[str, Any]:
+    tell({"stage": "sealing"})
+    arguments = job.arguments
+    return dispatcher.dispatch_packet(
+        site, job.subject, arguments["dispatch_id"], arguments["sites"]
+    )
+
+
+def _withdraw(site: Site, job: JobRow, _tell: Progress) -> Mapping[str, Any]:
+    dispatcher.withdraw_packet(site, job.subject)
+    return {"packet_id": job.subject, "state": "withdrawn"}
+
+
+def _trial(site: Site, job: JobRow, tell: Progress) -> Mapping[str, Any]:
+    figures = trial.try_packet(site, job.subject, tell)
+    return {"packet_id": job.subject, "state": site.store.packet(job.subject).state, **figures}
+
+
+def _keep(site: Site, job: JobRow, _tell: Progress) -> Mapping[str, Any]:
+    trial.keep_packet(site, job.subject)
+    return {"packet_id": job.subject, "state": "kept"}
+
+
+def _revert(site: Site, job: JobRow, tell: Progress) -> Mapping[str, Any]:
+    result = trial.revert_packet(site, job.subject, tell)
+    return {"packet_id": job.subject, "state": "reverted", **result}
+
+
+def _export(site: Site, job: JobRow, tell: Progress) -> Mapping[str, Any]:
+    model = site.store.model(job.subject)
+    stack = site.store.attachments(model.name)
+    merging = job.arguments["format"] == "merged"
+    for entry in stack:
+        if merging and not site.store.packet(entry.packet_id).facts.get("merge"):
+            raise RejectedError(
+                "AG-PRV-005", f"packet {entry.packet_id[:12]} does not permit merging"
+            )
+    task = {
+        "task": "export",
+        "model": str(model.path),
+        "device": "cpu",
+        "stack": [str(entry.path) for entry in stack],
+        "format": job.arguments["format"],
+        "out": job.arguments["out"],
+    }
+    return {**site.runner.run(f"export-{job.number}", task, tell), "attachments": len(stack)}
+
+
+def _item_refused(site: Site, job: JobRow, _tell: Progress) -> None:
+    """The coordinator will never take an item of ours: say so where an operator looks."""
+    row = site.store.find_item(job.subject, "out")
+    if row is None or not row.packet_id or row.item.kind not in {"offer", "dispatch"}:
+        return
+    reason = f"the coordinator refused the {row.item.kind}"
+    before = ["offered"] if row.item.kind == "offer" else ["dispatched"]
+    after = "failed" if row.item.kind == "offer" else "routed"
+    if site.store.packet(row.packet_id).state in before:
+        site.store.move_packet(row.packet_id, before, after, reason, row.code)
+
+
+HANDLERS: Mapping[str, Handler] = {
+    "take-in": _take_in,
+    "item-refused": _item_refused,
+    "add-model": _add_model,
+    "donate": _donate,
+    "approve": _approve,
+    "dispatch": _dispatch,
+    "withdraw": _withdraw,
+    "trial": _trial,
+    "keep": _keep,
+    "revert": _revert,
+    "export": _export,
+}
+
+#: Which lane each request of the command line belongs to.
+LANES: Mapping[str, Lane] = {
+    "approve": "light",
+    "dispatch": "light",
+    "withdraw": "light",
+    "keep": "light",
+    "add-model": "heavy",
+    "donate": "heavy",
+    "trial": "heavy",
+    "revert": "heavy",
+    "export": "heavy",
+}

@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a donor asked for: one donation, as the command line states it and the job keeps it.
+
+It is fixed before the data is opened, and every number in it goes into the signed provenance.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from allograft.crypto import canonical
+from allograft.errors import RejectedError
+from allograft.privacy.modes import AdmittedMode, admit_mode, declare
+from allograft.recipes.plan import LoopPlan
+
+KINDS = ("organ", "lora")
+
+
+@dataclass(frozen=True, slots=True)
+class DonationPlan:
+    """One donation.
+
+    Attributes:
+        data: The text to learn from; its path never leaves the site.
+        nature: `public` or `synthetic`, what the data is declared to be in mode `open`.
+        declared_by: The role that declares it.
+        domain: What the packet will be about, in a few words.
+        valid_days: How long it can be dispatched and opened.
+        retention_days: How long a recipient may keep it attached.
+    """
+
+    model: str
+    kind: str
+    data: Path
+    mode: str
+    nature: str
+    declared_by: str
+    domain: str
+    language: str = "en"
+    purpose: str = "evaluation and local use"
+    merge: bool = False
+    distil: bool = False
+    redonate: bool = False
+    valid_days: int = 30
+    retention_days: int = 365
+    steps: int = 200
+    batch_windows: int = 16
+    accumulation: int = 1
+    learning_rate: float = 1e-3
+    seed: int = 0
+    window_tokens: int = 256
+    checkpointing: bool = False
+    blocks: int = 2
+    position: int | None = None
+    rank: int = 8
+    alpha: float = 16.0
+    max_documents: int = 400
+
+    def admitted(self) -> AdmittedMode:
+        """The privacy mode with its declaration.
+
+        Raises:
+            RejectedError: AG-PRV-010 to -012.
+        """
+        return admit_mode(self.mode, declare(self.nature, self.declared_by))
+
+    def check(self) -> DonationPlan:
+        """Return itself if it can be run.
+
+        Raises:
+            RejectedError: AG-IN-003, AG-PRV-010 to -012 for the mode, AG-RCP-035 for the loop.
+        """
+        if self.kind not in KINDS:
+            raise RejectedError("AG-IN-003", f"the recipe is none of {', '.join(KINDS)}")
+        if not 1 <= self.valid_days <= 3650 or not 1 <= self.retention_days <= 3650:
+            raise RejectedError("AG-IN-003", "validity and retention last 1 to 3650 days")
+        for text in (self.domain, self.language, self.purpose):
+            canonical.as_line(text)
+        self.loop().check()
+        self.admitted()
+        return self
+
+    def loop(self) -> LoopPlan:
+        """How to train."""
+        return LoopPlan(
+            steps=self.steps,
+            batch_windows=self.batch_windows,
+            accumulation=self.accumulation,
+            learning_rate=self.learning_rate,
+            seed=self.seed,
+            checkpointing=self.checkpointing,
+            snapshot_s=20.0,
+        )
+
+    def training_json(self) -> dict[str, canonical.Json]:
+        """The part a worker trains by."""
+        recipe: dict[str, canonical.Json] = (
+            {"rank": self.rank, "alpha": self.alpha}
+            if self.kind == "lora"
+            else {"blocks": self.blocks, "position": self.position}
+        )
+        return {"kind": self.kind, "recipe": recipe, "loop": asdict(self.loop())}
+
+    def public_json(self) -> dict[str, canonical.Json]:
+        """What the signed provenance says about the method; nothing of it names the data."""
+        return {
+            "method": self.kind,
+            **self.training_json(),
+            "window_tokens": self.window_tokens,
+            "mode": self.mode,
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan as a job keeps it."""
+        return {**asdict(self), "data": str(self.data)}
+
+    @classmethod
+    def from_json(cls, fields: dict[str, Any]) -> DonationPlan:
+        """Read back what `to_json` wrote."""
+        return cls(**{**fields, "data": Path(fields["data"])})

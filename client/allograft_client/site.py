@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything a job needs of one site, opened together.
+
+Invariant: keys are read here, checked, and held in memory by the daemon and the short-lived
+commands alone; no Flower process and no worker is given one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from allograft.crypto import keystore
+from allograft.crypto.keys import SealingKey, SigningKey
+from allograft.log.event import Event, EventName, sign_event
+from allograft.privacy.policy import Policy, read_policy
+from allograft.provenance.statement import BaseModel, read_base
+from allograft_client.inbox import Inbox
+from allograft_client.outbox import Outbox
+from allograft_client.rows import ModelRow
+from allograft_client.runner import Runner
+from allograft_client.settings import Home, Settings
+from allograft_client.store import Store
+from allograft_client.trust import Trust
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One site's state, keys and rules."""
+
+    home: Home
+    settings: Settings
+    store: Store
+    key: SigningKey
+    trust: Trust
+    outbox: Outbox
+    inbox: Inbox
+    runner: Runner
+
+    @property
+    def name(self) -> str:
+        """The site's name."""
+        return self.settings.site
+
+    def now(self) -> datetime:
+        """The current time in whole seconds, as documents carry it."""
+        return datetime.now(UTC).replace(microsecond=0)
+
+    def policy(self) -> Policy:
+        """The policy as it stands in its file now.
+
+        Raises:
+            RejectedError: AG-PRV-001 if there is none: nothing leaves and nothing attaches.
+        """
+        return read_policy(self.home.policy_file)
+
+    def sealing_key(self) -> SealingKey:
+        """The key that opens what is sealed for us; read when needed."""
+        return keystore.read_sealing_key(self.home.path("keys", "sealing.key"))
+
+    def packet_path(self, packet_id: str, *names: str) -> Path:
+        """A path in a packet's private directory."""
+        return self.home.path("packets", packet_id, *names)
+
+    def logged(
+        self, name: EventName, stem: str, document: bytes, about: Mapping[str, str]
+    ) -> dict[str, bytes]:
+        """A document and the log event that announces it, as the files of an item.
+
+        Args:
+            name: What happened.
+            stem: The document's file name without `.json`.
+            document: The document's envelope.
+            about: `packet_id`, and where they apply `dispatch_id` and `outcome`.
+        """
+        event = Event(
+            event=name,
+            actor=self.name,
+            packet_id=about["packet_id"],
+            dispatch_id=about.get("dispatch_id", ""),
+            outcome=about.get("outcome", ""),
+            time=self.now(),
+            document_name=f"{stem}.json",
+            document_sha256=hashlib.sha256(document).hexdigest(),
+        )
+        return {f"{stem}.json": document, f"{stem}.event.json": sign_event(event, self.key)}
+
+
+def model_base(model: ModelRow) -> BaseModel:
+    """What was measured of a model when it was added."""
+    return read_base(model.facts["base"])
+
+
+def open_site(home: Home, store: Store | None = None) -> Site:
+    """Open a site that has joined.
+
+    Raises:
+        UnavailableError: AG-STO-003 if `init` has not run, AG-STO-001 for the database.
+        RejectedError: AG-SIT-001 settings, AG-SIT-008 not joined, AG-KEY-* keys, AG-ROS-* roster.
+    """
+    settings = home.settings()
+    store = store or Store(home.database)
+    trust = Trust.open(home, settings.site)
+    return Site(
+        home=home,
+        settings=settings,
+        store=store,
+        key=keystore.read_signing_key(home.path("keys", "signing.pem")),
+        trust=trust,
+        outbox=Outbox(home.path("outbox"), store, settings.site, trust.coordinator),
+        inbox=Inbox(home.path("inbox"), store, settings.site, settings.reserve_bytes),
+        runner=Runner(home.path("run", "jobs")),
+    )

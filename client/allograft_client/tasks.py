@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What workers do with models and text: describe, train, evaluate, try, revert, export.
+
+The only module of the site that loads tensor libraries. Invariant: a task writes below the work
+directory it was given and nowhere else, and every result is a small JSON object.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from allograft.crypto import canonical
+from allograft.errors import RejectedError
+from allograft.evaluate.bootstrap import paired_gain
+from allograft.evaluate.gate import GateRules, Outcome
+from allograft.evaluate.loss import Scoring, measure, prepare
+from allograft.evaluate.trial import (
+    OwnText,
+    Subject,
+    TrialPlan,
+    TrialStep,
+    run_trial,
+    seal_state,
+)
+from allograft.provenance.lineage import describe_base
+from allograft.provenance.statement import write_base
+from allograft.recipes import export
+from allograft.recipes.attachment import load_attachment, save_attachment
+from allograft.recipes.base import (
+    DOSES,
+    Attachment,
+    Donor,
+    LoraPlan,
+    OrganPlan,
+    Payload,
+    Plan,
+    Recipient,
+    load_recipe,
+)
+from allograft.recipes.blocks import describe_model
+from allograft.recipes.plan import LoopPlan, Step
+from allograft.recipes.snapshot import load_model, load_tokenizer
+from allograft.recipes.stack import Stack
+from allograft.recipes.text import (
+    Document,
+    drop_near_duplicates,
+    make_windows,
+    read_documents,
+    split_documents,
+)
+
+Tell = Callable[[Mapping[str, Any]], None]
+Task = Mapping[str, canonical.Json]
+
+_HELD_OUT = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class _Loaded:
+    """A model with its tokenizer."""
+
+    path: Path
+    model: Any
+    tokenizer: Any
+
+
+def perform(task: Task, tell: Tell) -> dict[str, Any]:
+    """Do one task.
+
+    Raises:
+        RejectedError: Whatever the task's parts refuse.
+        UnavailableError: AG-STO-001 when the disk is full.
+    """
+    # One seed for everything that a library draws by itself.
+    torch.manual_seed(0)
+    return _TASKS[_text(task, "task")](task, tell)
+
+
+def _describe(task: Task, tell: Tell) -> dict[str, Any]:
+    tell({"stage": "reading weights"})
+    path = Path(_text(task, "model"))
+    base = describe_base(path)
+    tell({"stage": "loading model"})
+    loaded = _load(task)
+    counts = {
+        name: len(drop_near_duplicates(read_documents(Path(_text(task, name)))))
+        for name in ("data", "retention")
+    }
+    return {
+        "base": write_base(base),
+        "shape": describe_model(loaded.model.config).to_json(),
+        "parameters": sum(value.numel() for value in loaded.model.parameters()),
+        "documents": counts["data"],
+        "retention_documents": counts["retention"],
+    }
+
+
+def _train(task: Task, tell: Tell) -> dict[str, Any]:
+    tell({"stage": "loading model"})
+    loaded = _load(task)
+    workdir = Path(_text(task, "workdir"))
+    plan = _read_plan(canonical.as_mapping(task["plan"]))
+    documents, held_out = _donor_split(task)
+    windows = make_windows(documents, loaded.tokenizer, _window(task, loaded), packed=True)
+
+    def progress(step: Step) -> None:
+        tell({"stage": "training", "done": step.number, "of": step.steps, "loss": step.loss})
+
+    donor = Donor(loaded.model, windows, workdir, progress)
+    extract = load_recipe(_text(task, "kind")).extract(donor, plan)
+    return {
+        "files": [path.name for path in extract.files],
+        "facts": extract.facts.to_json(),
+        "report": dict(extract.report),
+        "documents": len(documents),
+        "held_out_documents": len(held_out),
+        "windows": len(windows),
+        "device": str(loaded.model.device),
+    }
+
+
+def _evaluate(task: Task, tell: Tell) -> dict[str, Any]:
+    """What the donor itself finds with the very bytes that will leave."""
+    tell({"stage": "loading model"})
+    loaded = _load(task)
+    _, held_out = _donor_split(task)
+    scoring = Scoring()
+    domain = prepare(_texts(held_out, task), loaded.tokenizer, loaded.model, scoring)
+    retention = prepare(
+        _texts(drop_near_duplicates(read_documents(Path(_text(task, "retention")))), task),
+        loaded.tokenizer,
+        loaded.model,
+        scoring,
+    )
+    recipe, attachment = _fit(task, loaded)
+    before, kept_before = measure(loaded.model, domain), measure(loaded.model, retention)
+    points = []
+    for number, dose in enumerate(DOSES):
+        tell({"stage": "evaluating", "done": number, "of": len(DOSES)})
+        handle = recipe.attach(replace(attachment, dose=dose), loaded.model)
+        try:
+            after, kept = measure(loaded.model, domain), measure(loaded.model, retention)
+        finally:
+            recipe.detach(handle)
+        gain, change = paired_gain(before, after), paired_gain(kept_before, kept)
+        points.append({"dose": dose, "gain": asdict(gain), "retention_change": asdict(change)})
+    return {"curve": points, "documents": before.documents, "retention": kept_before.documents}
+
+
+def _try(task: Task, tell: Tell) -> dict[str, Any]:
+    """A recipient's trial; on a good outcome the attachment is saved at the chosen dose."""
+    tell({"stage": "loading model"})
+    loaded = _load(task)
+    stack = _load_stack(task, loaded)
+    recipe, attachment = _fit(task, loaded)
+    text = OwnText(
+        _texts(drop_near_duplicates(read_documents(Path(_text(task, "data")))), task),
+        _texts(drop_near_duplicates(read_documents(Path(_text(task, "retention")))), task),
+    )
+    rules = GateRules(
+        min_gain=canonical.as_number(task["min_gain"]),
+        max_retention_loss=canonical.as_number(task["max_retention_loss"]),
+    )
+
+    def progress(step: TrialStep) -> None:
+        tell({"stage": f"trial: {step.what}", "done": step.done, "of": step.steps})
+
+    report = run_trial(
+        Subject(recipe, attachment, loaded.model, loaded.tokenizer),
+        text,
+        TrialPlan(rules=rules),
+        progress,
+    )
+    if report.decision.outcome is Outcome.KEEP:
+        target = Path(_text(task, "attachment"))
+        shutil.rmtree(target, ignore_errors=True)
+        save_attachment(replace(attachment, dose=report.decision.dose), target)
+    return {"report": report.to_json(), "stack": stack.digest()}
+
+
+def _revert(task: Task, tell: Tell) -> dict[str, Any]:
+    """Show that a kept attachment leaves no bit behind.
+
+    The model is loaded with the rest of its stack and remembered; the attachment goes on and comes
+    off again, beside and above the others; state digest and logits must be what they were.
+    """
+    tell({"stage": "loading model"})
+    loaded = _load(task)
+    stack = _load_stack(task, loaded)
+    attachment = load_attachment(Path(_text(task, "attachment")))
+    documents = _texts(read_documents(Path(_text(task, "data"))), task)[:16]
+    tell({"stage": "comparing states"})
+    seal = seal_state(loaded.model, prepare(documents, loaded.tokenizer, loaded.model))
+    stack.attach(attachment)
+    stack.detach(attachment.attachment_id)
+    seal.check(loaded.model)
+    return {"bit_exact": True, "state_digest": seal.digest}
+
+
+def _export(task: Task, tell: Tell) -> dict[str, Any]:
+    out = Path(_text(task, "out"))
+    if _text(task, "format") == "peft":
+        paths = [Path(canonical.as_text(path)) for path in canonical.as_list(task["stack"])]
+        adapters = [a for a in map(load_attachment, paths) if a.kind == "lora"]
+        if len(adapters) != 1 or len(paths) != 1:
+            raise RejectedError(
+                "AG-RCP-024", f"{len(paths)} attachments kept; a PEFT directory holds one LoRA"
+            )
+        export.export_peft(adapters[0], out, _text(task, "model"))
+    else:
+        tell({"stage": "loading model"})
+        loaded = _load(task)
+        _load_stack(task, loaded)
+        tell({"stage": "writing"})
+        export.export_merged(loaded.model, loaded.tokenizer, out)
+    return {"out": str(out)}
+
+
+_TASKS: dict[str, Callable[[Task, Tell], dict[str, Any]]] = {
+    "describe": _describe,
+    "train": _train,
+    "evaluate": _evaluate,
+    "try": _try,
+    "revert": _revert,
+    "export": _export,
+}
+
+
+def _text(task: Task, name: str) -> str:
+    return canonical.as_text(task[name])
+
+
+def _load(task: Task) -> _Loaded:
+    path = Path(_text(task, "model"))
+    device = _text(task, "device")
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return _Loaded(path, load_model(path, device), load_tokenizer(path))
+
+
+def _load_stack(task: Task, loaded: _Loaded) -> Stack:
+    stack = Stack(loaded.model)
+    paths = [Path(canonical.as_text(path)) for path in canonical.as_list(task["stack"])]
+    stack.attach_all(load_attachment(path) for path in paths)
+    return stack
+
+
+def _fit(task: Task, loaded: _Loaded) -> tuple[Any, Attachment]:
+    recipe = load_recipe(_text(task, "kind"))
+    payload = Payload(
+        kind=recipe.kind,
+        directory=Path(_text(task, "payload")),
+        facts=canonical.as_mapping(task["facts"]),
+        packet_id=_text(task, "packet_id"),
+    )
+    return recipe, recipe.fit(payload, Recipient(loaded.model))
+
+
+def _donor_split(task: Task) -> tuple[list[Document], list[Document]]:
+    documents = read_documents(Path(_text(task, "data")))
+    return split_documents(documents, _HELD_OUT, canonical.as_int(task["seed"]))
+
+
+def _window(task: Task, loaded: _Loaded) -> int:
+    wanted = canonical.as_int(task["window_tokens"])
+    context = getattr(loaded.model.config, "max_position_embeddings", wanted)
+    return min(wanted, int(context))
+
+
+def _texts(documents: Sequence[Document], task: Task) -> list[str]:
+    """The documents' texts, at most so many of them; which ones follows from their content."""
+    texts = sorted(
+        (document.text for document in documents),
+        key=lambda text: hashlib.sha256(text.encode("utf-8")).digest(),
+    )
+    limit = canonical.as_int(task["max_documents"])
+    chosen = random.Random(0).sample(texts, limit) if len(texts) > limit else texts  # noqa: S311
+    return [text for text in chosen if len(text.strip()) > 1]
+
+
+def _read_plan(fields: Mapping[str, canonical.Json]) -> Plan:
+    recipe = canonical.as_mapping(fields["recipe"])
+    loop = canonical.as_mapping(fields["loop"])
+    made: OrganPlan | LoraPlan
+    if fields["kind"] == "lora":
+        made = LoraPlan(
+            rank=canonical.as_int(recipe["rank"]), alpha=canonical.as_number(recipe["alpha"])
+        )
+    else:
+        position = recipe.get("position")
+        made = OrganPlan(
+            blocks=canonical.as_int(recipe["blocks"]),
+            position=None if position is None else canonical.as_int(position),
+        )
+    plan = LoopPlan(
+        steps=canonical.as_int(loop["steps"]),
+        batch_windows=canonical.as_int(loop["batch_windows"]),
+        accumulation=canonical.as_int(loop["accumulation"]),
+        learning_rate=canonical.as_number(loop["learning_rate"]),
+        seed=canonical.as_int(loop["seed"]),
+        checkpointing=canonical.as_bool(loop["checkpointing"]),
+        snapshot_s=canonical.as_number(loop["snapshot_s"]),
+    )
+    return Plan(made, plan)

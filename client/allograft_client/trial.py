@@ -1,0 +1,186 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trial, keep, revert, recall: a verified packet meets one of this site's models.
+
+Invariant: nothing attaches without a policy and a trial that the gate accepted; what is reverted
+or recalled leaves no bit in the model, and that is measured, not assumed. Every outcome is told by
+a signed receipt in the same transaction that records it.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+from allograft.errors import RejectedError
+from allograft.evaluate.gate import Outcome
+from allograft.evaluate.report import TrialReport
+from allograft.limits import LIMITS
+from allograft.packet import container
+from allograft.packet.container import Opener
+from allograft.provenance.verify import verify_dispatch, verify_manifest
+from allograft.routing.receipt import State
+from allograft_client.receipts import answer
+from allograft_client.rows import PacketRow
+from allograft_client.runner import Progress
+from allograft_client.site import Site
+
+
+def try_packet(site: Site, packet_id: str, tell: Progress) -> Mapping[str, Any]:
+    """Try a verified packet on its model and let the gate decide.
+
+    Raises:
+        RejectedError: AG-SIT-004 for another state, AG-EVA-* if it cannot be judged.
+        UnavailableError: AG-SIT-007 if the worker died, AG-STO-001 for the disk.
+    """
+    row = site.store.packet(packet_id)
+    if row.role != "recipient" or row.state not in {"verified", "trialled", "reverted"}:
+        raise RejectedError("AG-SIT-004", f"packet {packet_id} is {row.state}")
+    rules = site.policy().receive
+    try:
+        result = _run_trial(site, row, tell)
+    except RejectedError as error:
+        _conclude(site, row, "refused", error.cause, error.code)
+        raise
+    report = TrialReport.from_json(result["report"])
+    decision = report.decision
+    figures = {
+        "gain": decision.gain.value,
+        "gain_low": decision.gain.low,
+        "gain_high": decision.gain.high,
+        "retention_change": -decision.retention_change.value,
+        "null_gain": decision.null_gain.value,
+        "dose": decision.dose,
+        "reason": str(decision.reason),
+    }
+    site.store.add_packet_facts(
+        packet_id, trial=figures, report=result["report"], trial_network=result["network"]
+    )
+    shutil.rmtree(site.packet_path(packet_id, "opened"), ignore_errors=True)
+    if decision.outcome is not Outcome.KEEP:
+        reason = f"the gate said no: {decision.reason}"
+        _conclude(site, row, "reverted", reason)
+    elif rules.automatic_keep:
+        keep_packet(site, packet_id, from_state=row.state)
+    else:
+        reason = f"gain confirmed at dose {decision.dose:g}; waits for keep or revert"
+        site.store.move_packet(packet_id, [row.state], "trialled", reason)
+    return figures
+
+
+def _run_trial(site: Site, row: PacketRow, tell: Progress) -> Mapping[str, Any]:
+    model = site.store.model(row.model)
+    rules = site.policy().receive
+    payload = site.packet_path(row.packet_id, "opened")
+    if not payload.exists():
+        _reopen(site, row)
+    task = {
+        "task": "try",
+        "model": str(model.path),
+        "device": site.settings.device,
+        "stack": [str(entry.path) for entry in site.store.attachments(model.name)],
+        "kind": row.kind,
+        "payload": str(payload),
+        "facts": row.facts["statement_facts"],
+        "packet_id": row.packet_id,
+        "data": str(model.data),
+        "retention": str(model.retention),
+        "max_documents": site.settings.trial_documents,
+        "min_gain": rules.min_gain,
+        "max_retention_loss": rules.max_retention_loss,
+        "attachment": str(site.packet_path(row.packet_id, "attachment")),
+    }
+    return site.runner.run(f"trial-{row.packet_id}", task, tell)
+
+
+def _reopen(site: Site, row: PacketRow) -> None:
+    """Open a stored packet again, with every check of its first opening but the replay."""
+    directory = site.packet_path(row.packet_id, "sealed")
+    header, header_bytes = container.read_sealed_header(directory)
+    dispatch = container.read_document(directory / "dispatch.json", LIMITS.json_document_bytes)
+    now, roster = site.now(), site.trust.roster()
+    verified = verify_dispatch(dispatch, header_bytes, roster, site.name, now)
+    opener = Opener(site.name, site.sealing_key())
+    attestations = container.open_manifest(directory, header, opener)
+    statement = verify_manifest(attestations, verified, roster, now).statement
+    target = site.packet_path(row.packet_id, "opened")
+    container.open_payload(directory, header, statement.kind, statement.parts, opener, target)
+
+
+def keep_packet(site: Site, packet_id: str, from_state: str = "trialled") -> None:
+    """Put a tried packet's attachment on its model's stack for good.
+
+    Raises:
+        RejectedError: AG-SIT-004 unless it was tried with success, AG-PRV-001 without a policy.
+    """
+    site.policy()  # without one nothing attaches
+    row = site.store.packet(packet_id)
+    trial = row.facts.get("trial", {})
+    dose = trial.get("dose", 0.0)
+    with site.store.transaction():
+        site.store.move_packet(
+            packet_id, [from_state], "kept", f"attached to {row.model} at dose {dose:g}"
+        )
+        path = site.packet_path(packet_id, "attachment")
+        site.store.push_attachment(packet_id, row.model, path, dose)
+        answer(site, row, "kept")
+
+
+def revert_packet(site: Site, packet_id: str, tell: Progress) -> Mapping[str, Any]:
+    """Take a kept or tried packet back out, and show that no bit of it is left.
+
+    Raises:
+        RejectedError: AG-SIT-004 for another state, AG-EVA-003 if the model was not restored.
+        UnavailableError: AG-SIT-007 if the worker died.
+    """
+    row = site.store.packet(packet_id)
+    if row.role != "recipient" or row.state not in {"kept", "trialled"}:
+        raise RejectedError("AG-SIT-004", f"packet {packet_id} is {row.state}")
+    model = site.store.model(row.model)
+    others = [a for a in site.store.attachments(model.name) if a.packet_id != packet_id]
+    attachment = site.packet_path(packet_id, "attachment")
+    task = {
+        "task": "revert",
+        "model": str(model.path),
+        "device": site.settings.device,
+        "stack": [str(entry.path) for entry in others],
+        "attachment": str(attachment),
+        "data": str(model.data),
+        "max_documents": site.settings.trial_documents,
+    }
+    result = site.runner.run(f"revert-{packet_id}", task, tell)
+    with site.store.transaction():
+        site.store.drop_attachment(packet_id)
+        site.store.add_packet_facts(packet_id, bit_exact=result["bit_exact"])
+        reason = "taken out again; state and logits are bit-equal to before"
+        site.store.move_packet(packet_id, ["kept", "trialled"], "reverted", reason)
+        answer(site, row, "reverted")
+    shutil.rmtree(attachment, ignore_errors=True)
+    return {"bit_exact": result["bit_exact"], "state_digest": result["state_digest"]}
+
+
+def recall_packet(site: Site, packet_id: str) -> None:
+    """Act on a donor's withdrawal: detach, delete, answer.
+
+    A packet that was never attached is deleted as well. Snapshots that an operator exported from
+    the stack are outside our reach; the reason says so.
+    """
+    row = site.store.packet(packet_id)
+    was_kept = row.state == "kept"
+    with site.store.transaction():
+        site.store.drop_attachment(packet_id)
+        site.store.move_packet(
+            packet_id,
+            [row.state],
+            "recalled",
+            "withdrawn by its donor; detached and deleted here, exported copies are not",
+        )
+        if was_kept:
+            answer(site, row, "reverted")
+    shutil.rmtree(site.packet_path(packet_id), ignore_errors=True)
+
+
+def _conclude(site: Site, row: PacketRow, state: State, reason: str, code: str = "") -> None:
+    with site.store.transaction():
+        site.store.move_packet(row.packet_id, [row.state], state, reason, code)
+        answer(site, row, state, code)
