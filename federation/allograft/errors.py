@@ -330,6 +330,73 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
             "a model directory cannot be identified",
             "It needs config.json, a tokenizer, and each tensor once in *.safetensors files.",
         ),
+        # --- AG-ROS: the roster, enrolment and its keeper ---
+        "AG-ROS-001": ErrorCode(
+            "a file of the roster is malformed",
+            "Ask the roster's keeper; the files are described in protos/spec/roster.md.",
+        ),
+        "AG-ROS-002": ErrorCode(
+            "a party is not in the roster",
+            "Check the name; if it should be there, ask the roster's keeper to enrol it.",
+        ),
+        "AG-ROS-003": ErrorCode(
+            "a site was revoked",
+            "Nothing of it is accepted any more; its revocation in the roster tells why.",
+        ),
+        "AG-ROS-004": ErrorCode(
+            "the enrolment of a site has ended or not begun",
+            "The site renews its enrolment with the roster's keeper; also compare the clocks.",
+        ),
+        "AG-ROS-005": ErrorCode(
+            "an enrolment request is malformed or does not prove that its keys are held",
+            "Make the request again with the init command of the party that asks.",
+        ),
+        "AG-ROS-006": ErrorCode(
+            "a roster is older than one that was trusted before",
+            "Ask the coordinator for the current roster; if this repeats, it hides a change.",
+        ),
+        "AG-ROS-007": ErrorCode(
+            "the roster has expired",
+            "The coordinator renews it daily and the keeper every few weeks; ask which is late. "
+            "Also compare the clocks.",
+        ),
+        "AG-ROS-008": ErrorCode(
+            "a roster is incomplete or not signed by those who keep it",
+            "Ask the roster's keeper for the published files; never edit them.",
+        ),
+        "AG-ROS-009": ErrorCode(
+            "there is no trusted roster yet",
+            "Join with an invitation, or import the roster that the keeper published.",
+        ),
+        "AG-ROS-010": ErrorCode(
+            "the root of a roster is not the expected one",
+            "Compare the root's fingerprint with the keeper by telephone; it may be a forgery.",
+        ),
+        "AG-ROS-011": ErrorCode(
+            "the fingerprint of a request was not confirmed, or differs",
+            "Ask the requesting party for its fingerprint by telephone and give it with "
+            "--fingerprint.",
+        ),
+        "AG-ROS-012": ErrorCode(
+            "a site is enrolled already, or its name was revoked",
+            "Use --replace to give an enrolled site new keys; a revoked one needs another name.",
+        ),
+        "AG-ROS-013": ErrorCode(
+            "a key that this needs is not in the keeper's keys directory",
+            "Bring the key files back from where they are kept offline, then try again.",
+        ),
+        "AG-ROS-014": ErrorCode(
+            "an invitation is malformed",
+            "Ask the roster's keeper for a fresh invitation.",
+        ),
+        "AG-ROS-015": ErrorCode(
+            "this coordinator may not renew the roster",
+            "Its timestamp key is not the one in the root; ask the roster's keeper to renew it.",
+        ),
+        "AG-ROS-016": ErrorCode(
+            "the keeper's directory is not usable",
+            "Give an empty directory to init, and an initialised one to the other commands.",
+        ),
         # --- AG-LOG: the log, its witnesses and its audit ---
         "AG-LOG-001": ErrorCode(
             "a log entry is malformed",
