@@ -55,8 +55,8 @@ from allograft_client.store import now_text
 _PROGRAMS = ("allograft", "torch", "transformers", "peft", "safetensors", "cryptography")
 
 
-def plan_donation(site: Site, plan: DonationPlan) -> str:
-    """Check a plan against the site's policy and queue it; returns the packet's id.
+def plan_donation(site: Site, plan: DonationPlan) -> tuple[str, int]:
+    """Check a plan against the site's policy and queue it; returns packet id and job number.
 
     Raises:
         RejectedError: AG-PRV-001 no policy, AG-PRV-003 the policy forbids it, AG-SIT-003 unknown
@@ -84,8 +84,8 @@ def plan_donation(site: Site, plan: DonationPlan) -> str:
                 time=now_text(),
             )
         )
-        site.store.add_job("heavy", "donate", packet_id, plan.to_json())
-    return packet_id
+        number = site.store.add_job("heavy", "donate", packet_id, plan.to_json())
+    return packet_id, number
 
 
 def donate(site: Site, packet_id: str, plan: DonationPlan, tell: Progress) -> None:

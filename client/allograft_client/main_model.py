@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`allograft-site model …`: the models that packets are made on and tried on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from allograft.cli.shell import Format, FormatOption, emit
+from allograft.errors import RejectedError
+from allograft_client import requests
+from allograft_client.options import StateOption, TimeoutOption, WaitOption, open_state
+from allograft_client.rows import ModelRow
+from allograft_client.site import Site
+
+app = typer.Typer(
+    no_args_is_help=True, help="Models of this site: digests leave it, weights never do."
+)
+
+
+@app.command("add")
+def add(
+    name: Annotated[str, typer.Argument(help="What this site calls the model.")],
+    path: Annotated[Path, typer.Option(help="Directory with config, tokenizer and safetensors.")],
+    data: Annotated[Path, typer.Option(help="This site's own text of its domain, to try on.")],
+    retention: Annotated[Path, typer.Option(help="General text the model must stay good at.")],
+    state: StateOption = None,
+    wait: WaitOption = True,
+    timeout_s: TimeoutOption = 3600.0,
+    format: FormatOption = Format.text,
+) -> None:
+    """Measure a model and let the coordinator know its digests and shape."""
+    site = open_state(state)
+    for what, given in (("data", data), ("retention", retention)):
+        if not given.is_file():
+            raise RejectedError("AG-IN-003", f"--{what}: there is no file {given.name}")
+    if not path.is_dir():
+        raise RejectedError("AG-IN-003", f"--path: there is no directory {path.name}")
+    arguments = {
+        "path": str(path.resolve()),
+        "data": str(data.resolve()),
+        "retention": str(retention.resolve()),
+    }
+    number = requests.request(site, "add-model", name, arguments)
+    result = finish(site, number, wait, timeout_s, format)
+    emit(result, format, lambda value: _render_added(site, name, value))
+
+
+@app.command("list")
+def list_models(state: StateOption = None, format: FormatOption = Format.text) -> None:
+    """Show the models with what is attached to each."""
+    site = open_state(state)
+    models = [describe_model(site, model) for model in site.store.models()]
+    emit({"models": models}, format, lambda value: _render_models(value["models"]))
+
+
+@app.command("export")
+def export(
+    name: Annotated[str, typer.Argument(help="A model of this site.")],
+    out: Annotated[Path, typer.Option(help="Directory to write; must not exist.")],
+    as_format: Annotated[
+        str, typer.Option("--as", help="`merged` snapshot or `peft` adapter directory.")
+    ] = "merged",
+    state: StateOption = None,
+    timeout_s: TimeoutOption = 3600.0,
+    format: FormatOption = Format.text,
+) -> None:
+    """Write a model with its kept attachments for other tools; the copy is yours to guard."""
+    site = open_state(state)
+    if as_format not in {"merged", "peft"}:
+        raise typer.BadParameter("--as is merged or peft")
+    arguments = {"out": str(out.resolve()), "format": as_format}
+    number = requests.request(site, "export", site.store.model(name).name, arguments)
+    result = finish(site, number, True, timeout_s, format)
+    emit(result, format, lambda value: f"Wrote {value['out']} with {value['attachments']} packets.")
+
+
+def finish(site: Site, number: int, wait: bool, timeout_s: float, format: Format) -> dict[str, Any]:
+    """The result of a job, or a note that it waits for the daemon."""
+    if not wait:
+        return {"job": number, "state": "queued"}
+    with requests.progress_line(format is Format.text) as show:
+        job = requests.await_job(site, number, timeout_s, show)
+    return {"job": number, **job.result}
+
+
+def describe_model(site: Site, model: ModelRow) -> dict[str, Any]:
+    """A model as the command line shows it."""
+    base = model.facts["base"]
+    return {
+        "name": model.name,
+        "path": str(model.path),
+        "weights_digest": base["weights_digest"],
+        "architecture": base["architecture"],
+        "documents": model.facts["documents"],
+        "retention_documents": model.facts["retention_documents"],
+        "attachments": [
+            {"packet_id": entry.packet_id, "dose": entry.dose}
+            for entry in site.store.attachments(model.name)
+        ],
+    }
+
+
+def _render_added(site: Site, name: str, value: dict[str, Any]) -> str:
+    if value.get("state") == "queued":
+        return f"Queued: `allograft-site status` shows when {name} has been measured."
+    model = describe_model(site, site.store.model(name))
+    return (
+        f"{name}: weights {value['weights_digest'][:16]}…, {model['documents']} documents to try "
+        f"on, {model['retention_documents']} for retention.\n"
+        "Leaves this site: the digests and the shape, on the site's card.\n"
+        "Does not leave: weights, text, paths."
+    )
+
+
+def _render_models(models: list[dict[str, Any]]) -> str:
+    if not models:
+        return "No models yet: `allograft-site model add`."
+    lines = []
+    for model in models:
+        shape = model["architecture"]
+        lines.append(
+            f"{model['name']}: {shape['family']}, {shape['layers']} layers of {shape['hidden']}, "
+            f"weights {model['weights_digest'][:16]}…"
+        )
+        lines += [
+            f"  + packet {entry['packet_id'][:12]} at dose {entry['dose']:g}"
+            for entry in model["attachments"]
+        ]
+    return "\n".join(lines)

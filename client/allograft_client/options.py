@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Options that every command of `allograft-site` shares, and how a command opens the state."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from allograft_client.settings import Home
+from allograft_client.site import Site, open_site
+
+STATE_VARIABLE = "ALLOGRAFT_SITE_STATE"
+_DEFAULT = Path("~/.local/state/allograft-site")
+
+StateOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--state",
+        help=f"State directory; ${STATE_VARIABLE} or {_DEFAULT} if not given.",
+        show_default=False,
+    ),
+]
+WaitOption = Annotated[
+    bool, typer.Option("--wait/--no-wait", help="Wait until it is done, or only queue it.")
+]
+TimeoutOption = Annotated[
+    float, typer.Option("--timeout", min=1.0, help="Seconds to wait; the request stays queued.")
+]
+
+
+def find_home(state: Path | None) -> Home:
+    """The state directory that the person means."""
+    chosen = state or Path(os.environ.get(STATE_VARIABLE) or _DEFAULT)
+    return Home(chosen.expanduser().resolve())
+
+
+def open_state(state: Path | None) -> Site:
+    """Open the site for a command.
+
+    Raises:
+        UnavailableError: AG-STO-003 if `init` has not run there.
+        RejectedError: AG-SIT-008 if the site has not joined.
+    """
+    return open_site(find_home(state))
