@@ -19,6 +19,7 @@ import os
 import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
@@ -96,24 +97,20 @@ def rebuild_file(
         UnavailableError: AG-STO-001 if the disk is full.
     """
     dtype = WIRE_DTYPES[wire_dtype]
-    with source.open("rb") as handle:
+    with source.open("rb") as handle, storage_errors(target.name), ExitStack() as stack:
         table = read_table(handle, LOCAL_RULES)
         _check_allowed(table, allowed)
-        sizes = {e.name: _elements(e) * DTYPE_BYTES[dtype] for e in table.entries}
-        with storage_errors(target.name), _scratch(target.parent, sum(sizes.values())) as scratch:
-            tensors: dict[str, RawTensor] = {}
-            try:
-                start = 0
-                for entry in table.entries:
-                    view = scratch[start : start + sizes[entry.name]]
-                    _convert(handle, entry, view, wire_dtype, random_bytes)
-                    tensors[entry.name] = RawTensor(dtype, entry.shape, view)
-                    start += sizes[entry.name]
-                with durable_file(target) as sink:
-                    written = write_tensors(sink, tensors)
-            finally:
-                for tensor in tensors.values():
-                    memoryview(tensor.data).release()
+        sizes = [_elements(entry) * DTYPE_BYTES[dtype] for entry in table.entries]
+        scratch = _map_scratch(stack, target.parent, sum(sizes))
+        tensors: dict[str, RawTensor] = {}
+        start = 0
+        for entry, size in zip(table.entries, sizes, strict=True):
+            view = stack.enter_context(scratch[start : start + size])
+            _convert(handle, entry, view, wire_dtype, random_bytes)
+            tensors[entry.name] = RawTensor(dtype, entry.shape, view)
+            start += size
+        with durable_file(target) as sink:
+            written = write_tensors(sink, tensors)
     if target.stat().st_size != written.file_bytes:
         raise RejectedError("AG-PRV-040", "the rebuilt file has another size than its table")
     return PayloadPart(target.name, written.file_bytes, hash_file(target))
@@ -235,27 +232,13 @@ def _elements(entry: TensorEntry) -> int:
     return entry.size_bytes // DTYPE_BYTES[entry.dtype]
 
 
-class _Scratch:
-    """An unnamed private file mapped into memory, gone with its descriptor."""
-
-    def __init__(self, directory: Path, size: int) -> None:
-        self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 (closed in __exit__)
-        os.posix_fallocate(self._file.fileno(), 0, size)
-        self._map = mmap.mmap(self._file.fileno(), size)
-
-    def __enter__(self) -> memoryview:
-        self._view = memoryview(self._map)
-        return self._view
-
-    def __exit__(self, *_: object) -> None:
-        self._view.release()
-        self._map.close()
-        self._file.close()
-
-
-def _scratch(directory: Path, size: int) -> _Scratch:
+def _map_scratch(stack: ExitStack, directory: Path, size: int) -> memoryview:
+    """Memory backed by an unnamed private file, gone with the stack."""
+    file = stack.enter_context(tempfile.TemporaryFile(dir=directory))  # noqa: SIM115
     # Reserved up front: writing to a mapped hole on a full disk would kill the process.
-    return _Scratch(directory, size)
+    os.posix_fallocate(file.fileno(), 0, size)
+    mapped = stack.enter_context(mmap.mmap(file.fileno(), size))
+    return stack.enter_context(memoryview(mapped))
 
 
 def _convert(

@@ -9,11 +9,15 @@ and rare combinations are not found, so a clean scan is no claim of de-identific
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hashlib
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+
+import numpy as np
 
 from allograft.crypto import canonical
 from allograft.errors import RejectedError
@@ -36,6 +40,11 @@ _MACHINE = re.compile(
     r"urn:allograft:[a-z-]+:v\d{1,3}|"
     r"https://(?:in-toto\.io|slsa\.dev|model_signing)/[A-Za-z0-9_./-]{1,80}"
 )
+
+
+# A tensor of a lineage sketch in a packet statement.
+_SKETCHED = {"name", "shape", "values"}
+_LARGEST_PROJECTION = 1e6
 
 
 def _anything(_: str) -> bool:
@@ -195,7 +204,7 @@ def strings_of(value: canonical.Json) -> Iterator[str]:
     """Every string of a JSON value, names of fields included, machine values left out.
 
     Machine values are those that match one of our own fixed forms entirely: digests, packet ids,
-    times in whole seconds and schema names.
+    times in whole seconds, schema names, and the numbers of a lineage sketch.
     """
     if isinstance(value, str):
         if not _MACHINE.fullmatch(value):
@@ -204,9 +213,25 @@ def strings_of(value: canonical.Json) -> Iterator[str]:
         for entry in value:
             yield from strings_of(entry)
     elif isinstance(value, dict):
+        numbers = value.keys() == _SKETCHED and _holds_numbers(value["values"])
         for name, entry in value.items():
             yield from strings_of(name)
-            yield from strings_of(entry)
+            if not (numbers and name == "values"):
+                yield from strings_of(entry)
+
+
+def _holds_numbers(value: canonical.Json) -> bool:
+    """Whether a string is float32 numbers in base64, of a size that a projection can have.
+
+    Letters read as float32 are far larger, so text does not pass as numbers.
+    """
+    try:
+        content = base64.b64decode(value, validate=True) if isinstance(value, str) else b""
+    except (binascii.Error, ValueError):
+        return False
+    if not content or len(content) % 4:
+        return False
+    return bool((np.abs(np.frombuffer(content, dtype="<f4")) < _LARGEST_PROJECTION).all())
 
 
 def check_strings(value: canonical.Json, what: str) -> None:
