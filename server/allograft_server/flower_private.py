@@ -35,7 +35,7 @@ from flwr.superlink.cli.flower_superlink import SuperLinkLifespan
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
 
-from allograft.errors import UnavailableError
+from allograft.errors import RejectedError, UnavailableError
 
 Scope = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -43,6 +43,7 @@ Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 AsgiApp = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 ACCESS_TOKEN = "flwr-oidc-access-token"  # noqa: S105  (the name of a field)
+_REFUSED = {400, 403, 404, 409, 412, 422}
 # The owner that Flower's own open-source build writes for every node and run.
 _ACCOUNT = AccountInfo(flwr_aid="<id:none>", account_name="none")
 
@@ -198,7 +199,8 @@ class _Bearer:
 class ControlClient:
     """Control calls to our own SuperLink over its private listener.
 
-    Every method raises UnavailableError AG-CRD-011 when the SuperLink refuses or is not there.
+    Every method raises AG-CRD-011: RejectedError when the SuperLink refuses this very request,
+    UnavailableError when it does not know us or is not there.
     """
 
     def __init__(self, address: str, ca_file: Path, token: str) -> None:
@@ -256,6 +258,7 @@ class ControlClient:
             return getattr(self._client, method)(request)
         except httpx.HTTPStatusError as error:
             status = error.response.status_code
-            raise UnavailableError("AG-CRD-011", f"{method} answered {status}") from error
+            family = RejectedError if status in _REFUSED else UnavailableError
+            raise family("AG-CRD-011", f"{method} answered {status}") from error
         except httpx.HTTPError as error:
             raise UnavailableError("AG-CRD-011", f"{method}: {type(error).__name__}") from error

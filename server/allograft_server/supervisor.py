@@ -23,7 +23,7 @@ import structlog
 
 from allograft.crypto.keys import node_key_pem
 from allograft.crypto.keystore import read_private, write_private
-from allograft.errors import UnavailableError
+from allograft.errors import RejectedError, UnavailableError
 from allograft_server.app_bundle import app_directory, build_bundle
 from allograft_server.flower_private import ControlClient
 from allograft_server.settings import SOCKET_VARIABLE, Settings, State
@@ -171,9 +171,19 @@ class Supervisor:
                 self._control.unregister_node(node.node_id)
         for pem, site in wanted.items():
             if pem not in known:
-                self._control.register_node(pem, site)
+                self._register(pem, site)
         self._synced = dict(self.node_keys)
         structlog.get_logger("supervisor").info("nodes-registered", count=len(wanted))
+
+    def _register(self, pem: str, site: str) -> None:
+        assert self._control is not None
+        try:
+            self._control.register_node(pem, site)
+        except RejectedError as error:
+            # Flower takes no key back that was once unregistered: such a site makes a new one.
+            structlog.get_logger("supervisor").warning(
+                "node-refused", site=site, code=error.code, cause=error.cause
+            )
 
     def _ensure_run(self) -> None:
         """Exactly one run: submit if there is none, end all but the newest otherwise."""
