@@ -664,7 +664,23 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
             "a trial report is malformed",
             "Run the trial again; reports are written by the trial only.",
         ),
-        # --- AG-DEM: text and models of the demo ---
+        # --- AG-DEM: the demo ---
+        "AG-DEM-001": ErrorCode(
+            "a command of the demo failed",
+            "The cause names the command and its own error; `--keep DIR` leaves the logs in DIR.",
+        ),
+        "AG-DEM-002": ErrorCode(
+            "a program of the demo is missing or did not end in time",
+            "Start it with `make demo`; on a busy machine try again when there is less to do.",
+        ),
+        "AG-DEM-003": ErrorCode(
+            "a daemon of the demo ended or does not answer",
+            "The cause shows its last line; `--keep DIR` leaves the logs in DIR.",
+        ),
+        "AG-DEM-004": ErrorCode(
+            "an attack of the demo succeeded",
+            "This is a defect in a security mechanism; please report it.",
+        ),
         "AG-DEM-010": ErrorCode(
             "a text file given to the demo is unusable",
             "Give UTF-8 text or JSONL with a `text` field, at least a few hundred documents.",

@@ -46,10 +46,18 @@ def run_json(arguments: Sequence[str], timeout_s: float = 120.0) -> Mapping[str,
     """
     outcome = run_command([*arguments, "--format", "json"], timeout_s)
     if outcome.returncode != 0:
-        lines = [line for line in outcome.stderr.splitlines() if "error:" in line]
-        reason = lines[-1] if lines else f"exit status {outcome.returncode}"
-        raise RejectedError("AG-DEM-001", f"{' '.join(arguments[:2])}: {reason}")
+        code, cause = read_error(outcome)
+        raise RejectedError("AG-DEM-001", f"{' '.join(arguments[:2])}: {code}: {cause}")
     return canonical.as_mapping(json.loads(outcome.stdout))
+
+
+def read_error(outcome: subprocess.CompletedProcess[str]) -> tuple[str, str]:
+    """Code and cause of a failed command that ran with `--format json`."""
+    for line in reversed(outcome.stderr.splitlines()):
+        with contextlib.suppress(ValueError, RejectedError):
+            error = canonical.as_mapping(canonical.as_mapping(json.loads(line))["error"])
+            return canonical.as_text(error["code"]), canonical.as_text(error["cause"])
+    return "no code", f"exit status {outcome.returncode}"
 
 
 def run_command(
