@@ -83,7 +83,7 @@ class Evidence:
         dose: The dose under judgement.
         test_before: Test documents without the packet.
         test_after: The same with the packet.
-        test_null: The same with noise of the packet's norm.
+        test_nulls: The same with noise of the packet's norm, one measurement per draw.
         retention_before: Retention documents without the packet.
         retention_after: The same with the packet.
     """
@@ -91,7 +91,7 @@ class Evidence:
     dose: float
     test_before: Losses
     test_after: Losses
-    test_null: Losses
+    test_nulls: tuple[Losses, ...]
     retention_before: Losses
     retention_after: Losses
 
@@ -106,8 +106,9 @@ class Decision:
         dose: The dose that was judged, and that is kept if the outcome is keep.
         gain: What the packet saves on the test documents; positive is better.
         retention_change: How much worse retention text gets; negative is better.
-        null_gain: What noise of the same norm saves on the test documents.
-        excess: The gain over the noise.
+        null_gain: What the best draw of noise of the same norm saves on the test documents.
+        null_spread: Best minus worst draw of noise.
+        excess: The gain over the best draw of noise.
     """
 
     outcome: Outcome
@@ -116,6 +117,7 @@ class Decision:
     gain: Interval
     retention_change: Interval
     null_gain: Interval
+    null_spread: float
     excess: Interval
 
 
@@ -185,32 +187,42 @@ def decide(evidence: Evidence, rules: GateRules) -> Decision:
         ),
         rules,
     )
+    if not evidence.test_nulls:
+        raise ValueError("the gate needs at least one draw of noise")
     plan = rules.resampling
     gain = paired_gain(evidence.test_before, evidence.test_after, plan)
-    null_gain = paired_gain(evidence.test_before, evidence.test_null, plan)
-    excess = paired_gain(evidence.test_null, evidence.test_after, plan)
+    nulls = [paired_gain(evidence.test_before, null, plan) for null in evidence.test_nulls]
+    best = max(range(len(nulls)), key=lambda number: nulls[number].value)
+    spread = nulls[best].value - min(null.value for null in nulls)
+    excess = paired_gain(evidence.test_nulls[best], evidence.test_after, plan)
     kept = paired_gain(evidence.retention_before, evidence.retention_after, plan)
     worsening = Interval(-kept.value, -kept.high, -kept.low)
-    reason = _reason(gain, worsening, excess, rules)
+    reason = _reason(gain, worsening, (excess, spread), rules)
     return Decision(
         outcome=Outcome.KEEP if reason is Reason.GAIN_CONFIRMED else Outcome.REVERT,
         reason=reason,
         dose=evidence.dose,
         gain=gain,
         retention_change=worsening,
-        null_gain=null_gain,
+        null_gain=nulls[best],
+        null_spread=spread,
         excess=excess,
     )
 
 
-def _reason(gain: Interval, worsening: Interval, excess: Interval, rules: GateRules) -> Reason:
+def _reason(
+    gain: Interval, worsening: Interval, over_noise: tuple[Interval, float], rules: GateRules
+) -> Reason:
     # Each test is written so that a NaN reverts.
-    if not gain.low > max(rules.min_gain, 0.0):
+    least = max(rules.min_gain, 0.0)
+    if not gain.low > least:
         return Reason.NO_GAIN
     if not worsening.high <= rules.max_retention_loss:
         return Reason.RETENTION_LOSS
-    # A null that does harm must not lower the bar, so the gain itself was tested first; a null
-    # that helps must leave the minimum gain to the packet.
-    if not excess.low > max(rules.min_gain, 0.0):
+    # Documents alone do not say how much draws of noise differ: on a badly calibrated model one
+    # draw of noise can beat another with certainty. Hence the spread is part of the bar. A null
+    # that does harm does not lower it, because the gain itself was tested first.
+    excess, spread = over_noise
+    if not excess.low > max(least, spread):
         return Reason.NULL_EXPLAINS
     return Reason.GAIN_CONFIRMED

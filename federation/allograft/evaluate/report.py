@@ -74,6 +74,7 @@ class TrialReport:
                 "gain": _write_interval(decision.gain),
                 "retention_change": _write_interval(decision.retention_change),
                 "null_gain": _write_interval(decision.null_gain),
+                "null_spread": decision.null_spread,
                 "excess": _write_interval(decision.excess),
             },
             "curve": [
@@ -173,6 +174,7 @@ def _read_decision(value: canonical.Json) -> Decision:
         gain=_read_interval(fields["gain"]),
         retention_change=_read_interval(fields["retention_change"]),
         null_gain=_read_interval(fields["null_gain"]),
+        null_spread=canonical.as_number(fields["null_spread"]),
         excess=_read_interval(fields["excess"]),
     )
 

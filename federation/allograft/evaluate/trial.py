@@ -50,10 +50,11 @@ class OwnText:
 
 @dataclass(frozen=True, slots=True)
 class TrialPlan:
-    """How to try: thresholds, doses, seed and the way documents are measured."""
+    """How to try: thresholds, doses, draws of noise, seed and the way documents are measured."""
 
     rules: GateRules = field(default_factory=GateRules)
     doses: tuple[float, ...] = DOSES
+    nulls: int = 3
     seed: int = 0
     scoring: Scoring = field(default_factory=Scoring)
 
@@ -218,9 +219,14 @@ class _Trial:
         documents = (self._test, self._kept_test)
         before, kept_before = self._measure(None, 0.0, documents)
         after, kept_after = self._measure(self._subject.attachment, dose, documents)
-        null = null_packet(self._subject.attachment, self._subject.model, self._plan.seed)
-        (after_null,) = self._measure(null, dose, (self._test,), what="null packet")
-        return Evidence(dose, before, after, after_null, kept_before, kept_after)
+        nulls = tuple(self._measure_null(number, dose) for number in range(self._plan.nulls))
+        return Evidence(dose, before, after, nulls, kept_before, kept_after)
+
+    def _measure_null(self, number: int, dose: float) -> Losses:
+        subject = self._subject
+        null = null_packet(subject.attachment, subject.model, self._plan.seed + number)
+        (after,) = self._measure(null, dose, (self._test,), what="null packet")
+        return after
 
     def _measure(
         self,
@@ -245,8 +251,9 @@ class _Trial:
 
     def _tell(self, what: str) -> None:
         if self._progress is not None:
-            # Before, each dose, before on the test documents, the dose, the null.
-            self._progress(TrialStep(self._done, len(self._plan.doses) + 4, what))
+            # Without and at each dose, then on the test documents without, at the dose, and nulls.
+            steps = len(self._plan.doses) + self._plan.nulls + 3
+            self._progress(TrialStep(self._done, steps, what))
 
     def _report(
         self, decision: Decision, curve: tuple[DosePoint, ...], evidence: Evidence
