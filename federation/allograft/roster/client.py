@@ -12,6 +12,7 @@ import hashlib
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from tuf.api.exceptions import (
     BadVersionNumberError,
@@ -49,7 +50,7 @@ class _BundleFetcher(FetcherInterface):
         self._files = files
 
     def _fetch(self, url: str) -> Iterator[bytes]:
-        name = url.removeprefix(f"{_BASE}/")
+        name = url.removeprefix(_BASE)
         if name not in self._files:
             raise DownloadHTTPError("not in the bundle", 404)
         yield self._files[name]
@@ -59,13 +60,12 @@ class RosterClient:
     """What one machine trusts about the roster, in a directory of its own.
 
     Args:
-        directory: Holds `root.json` (the anchor), `trusted/` (TUF's memory, against rollback) and
-            `roster.json` (the newest verified bundle).
+        directory: Holds `root.json` (the anchor) and `roster.json` (the newest verified bundle),
+            each replaced whole: a bundle that fails half-way leaves no trace.
     """
 
     def __init__(self, directory: Path) -> None:
         self._directory = directory
-        self._trusted = directory / "trusted"
         self._current: Roster | None = None
 
     def trust(self, root_json: bytes) -> str:
@@ -73,13 +73,13 @@ class RosterClient:
 
         Raises:
             RejectedError: AG-ROS-010 if another root is trusted already, AG-ROS-008 if it is
-                malformed or expired keys, AG-KEY-003 if a key of it is unusable.
+                malformed, AG-KEY-003 if a key of it is unusable.
         """
         _check_root(root_json)
         anchor = self._directory / "root.json"
-        self._trusted.mkdir(mode=0o700, parents=True, exist_ok=True)
         if anchor.exists() and anchor.read_bytes() != root_json:
             raise RejectedError("AG-ROS-010", "another root is trusted here already")
+        self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         durable_write(anchor, root_json, mode=0o644)
         return root_fingerprint(root_json)
 
@@ -104,8 +104,13 @@ class RosterClient:
                 incomplete, -001 a malformed record, -009 no root, AG-KEY-* an unusable key.
             UnavailableError: AG-STO-001.
         """
-        roster = self._verify(files, now)
-        durable_write(self._directory / "roster.json", bundle.pack(files), mode=0o644)
+        previous = self.files() if self._path.exists() else {}
+        # Roots that were trusted once stay: a bundle that leaves out the newest one would
+        # otherwise bring back keys that it revoked.
+        roots = {name: c for name, c in previous.items() if name.endswith(".root.json")}
+        merged = {**files, **roots}
+        roster = self._verify(merged, previous, now)
+        durable_write(self._path, bundle.pack(merged), mode=0o644)
         self._current = roster
         return roster
 
@@ -130,7 +135,7 @@ class RosterClient:
         """
         if self._current is None:
             files = self.files()
-            self._current = self._verify(files, _last_moment(files))
+            self._current = self._verify(files, {}, _last_moment(files))
         return self._current
 
     def files(self) -> dict[str, bytes]:
@@ -139,10 +144,13 @@ class RosterClient:
         Raises:
             RejectedError: AG-ROS-009 if there is none.
         """
-        path = self._directory / "roster.json"
-        if not path.exists():
+        if not self._path.exists():
             raise RejectedError("AG-ROS-009", "no roster was verified here yet")
-        return bundle.unpack(path.read_bytes())
+        return bundle.unpack(self._path.read_bytes())
+
+    @property
+    def _path(self) -> Path:
+        return self._directory / "roster.json"
 
     def _anchor(self) -> bytes:
         anchor = self._directory / "root.json"
@@ -150,54 +158,60 @@ class RosterClient:
             raise RejectedError("AG-ROS-009", "no root is trusted here yet")
         return anchor.read_bytes()
 
-    def _verify(self, files: bundle.Files, now: datetime) -> Roster:
+    def _verify(self, files: bundle.Files, previous: bundle.Files, now: datetime) -> Roster:
+        anchor = self._anchor()
         for name, content in files.items():
             if name.endswith(".root.json"):
                 _check_root(content)
-        with storage_errors("the trusted roster"):
-            self._run_updater(files, now)
-        return self._read(files)
+        with storage_errors("a scratch copy of the roster"), TemporaryDirectory() as scratch:
+            trusted = Path(scratch)
+            if previous:
+                # What TUF compares versions with.
+                (trusted / "timestamp.json").write_bytes(bundle.timestamp(previous))
+                for kind in ("snapshot", "targets"):
+                    content = bundle.newest(previous, kind)[1]
+                    (trusted / f"{kind}.json").write_bytes(content)
+            _run_updater(trusted, anchor, files, now)
+            return _read_verified(trusted, files)
 
-    def _run_updater(self, files: bundle.Files, now: datetime) -> None:
-        anchor = self._anchor()
-        try:
-            updater = Updater(
-                str(self._trusted), _BASE, fetcher=_BundleFetcher(files), bootstrap=anchor
-            )
-            # python-tuf reads the clock itself and takes no time. Auditors verify rosters of the
-            # past, so its one reference time is set; tests/unit/test_roster_client.py holds the
-            # private name to its meaning.
-            updater._trusted_set.reference_time = now
-            updater.refresh()
-        except BadVersionNumberError as error:
-            raise RejectedError("AG-ROS-006", "the roster is older than the trusted one") from error
-        except ExpiredMetadataError as error:
-            raise RejectedError("AG-ROS-007", "a signature of the roster has expired") from error
-        except (RepositoryError, DownloadError) as error:
-            kind = type(error).__name__
-            raise RejectedError("AG-ROS-008", f"the roster does not verify: {kind}") from error
 
-    def _read(self, files: bundle.Files) -> Roster:
-        """Put the roster together from the metadata that the updater just verified and kept."""
-        contents = {
-            name: (self._trusted / f"{name}.json").read_bytes()
-            for name in ("root", "timestamp", "snapshot", "targets")
-        }
-        root = Metadata[Root].from_bytes(contents["root"]).signed
-        stamp = Metadata[Timestamp].from_bytes(contents["timestamp"]).signed
-        snapshot = Metadata[Snapshot].from_bytes(contents["snapshot"]).signed
-        targets = Metadata[Targets].from_bytes(contents["targets"]).signed
-        everything: tuple[Signed, ...] = (root, stamp, snapshot, targets)
-        records = _read_targets(targets, files)
-        return Roster(
-            version=stamp.version,
-            sites=records.sites,
-            revoked=records.revoked,
-            coordinator=records.coordinator(),
-            witness_quorum=records.quorum(),
-            expires=min(signed.expires for signed in everything),
-            digest=bundle.digest_of(*contents.values()),
-        )
+def _run_updater(trusted: Path, anchor: bytes, files: bundle.Files, now: datetime) -> None:
+    try:
+        updater = Updater(str(trusted), _BASE, fetcher=_BundleFetcher(files), bootstrap=anchor)
+        # python-tuf reads the clock itself and takes no time. Auditors verify rosters of the past,
+        # so its one reference time is set; tests hold the private name to its meaning.
+        updater._trusted_set.reference_time = now
+        updater.refresh()
+    except BadVersionNumberError as error:
+        raise RejectedError("AG-ROS-006", "the roster is older than the trusted one") from error
+    except ExpiredMetadataError as error:
+        raise RejectedError("AG-ROS-007", "a signature of the roster has expired") from error
+    except (RepositoryError, DownloadError) as error:
+        kind = type(error).__name__
+        raise RejectedError("AG-ROS-008", f"the roster does not verify: {kind}") from error
+
+
+def _read_verified(trusted: Path, files: bundle.Files) -> Roster:
+    """Put the roster together from the metadata that the updater just verified and kept."""
+    names = ("root", "timestamp", "snapshot", "targets")
+    contents = [(trusted / f"{name}.json").read_bytes() for name in names]
+    targets = Metadata[Targets].from_bytes(contents[3]).signed
+    everything: tuple[Signed, ...] = (
+        Metadata[Root].from_bytes(contents[0]).signed,
+        Metadata[Timestamp].from_bytes(contents[1]).signed,
+        Metadata[Snapshot].from_bytes(contents[2]).signed,
+        targets,
+    )
+    records = _read_targets(targets, files)
+    return Roster(
+        version=everything[1].version,
+        sites=records.sites,
+        revoked=records.revoked,
+        coordinator=records.coordinator(),
+        witness_quorum=records.quorum(),
+        expires=min(signed.expires for signed in everything),
+        digest=bundle.digest_of(*contents),
+    )
 
 
 class _Records:

@@ -181,11 +181,11 @@ def _read_fields(request: bytes) -> dict[str, canonical.Json]:
 
 
 def _verify(envelope: dsse.Envelope, kind: str, record_type: type[T]) -> T:
-    """The record, if the first of its own signing keys signed it; the others are the party's say."""
+    """The record, if each of the signing keys that it names signed it."""
     record = record_type.from_bytes(envelope.payload)
     keys: tuple[VerifyKey, ...] = record.signing_keys
     try:
-        dsse.verify(envelope, kind, keys[:1])
+        dsse.verify(envelope, kind, keys, threshold=len(keys))
     except RejectedError as error:
         raise RejectedError("AG-ROS-005", f"request: {error.cause}") from error
     return record
