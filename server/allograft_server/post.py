@@ -449,8 +449,8 @@ class Post:
             raise RejectedError("AG-CRD-004", f"the event is not about this {kind}")
         return entry
 
-    def _queue_entry(self, entry: bytes, dispatch_id: str = "") -> None:
-        self._store.queue_entry(hashlib.sha256(entry).hexdigest(), entry, dispatch_id)
+    def _queue_entry(self, entry: bytes, subject: str = "") -> None:
+        self._store.queue_entry(hashlib.sha256(entry).hexdigest(), entry, subject)
 
 
 def describe_bytes(name: str, content: bytes) -> ItemFile:

@@ -150,12 +150,14 @@ class Relay:
         self._lock = threading.Lock()  # the courier's calls arrive on several threads
         self._session = ""
         self._lanes: dict[str, _Lane] = {}
+        self.heard_s = 0.0  # when the courier last asked for calls
 
     # --- calls ---
 
     def next_calls(self, online: Iterable[OnlineNode], session: str) -> list[OutgoingCall]:
         """Calls to make now; at most one of them carries a part."""
         with self._lock:
+            self.heard_s = self._monotonic_s()
             if session != self._session:
                 # Another courier process: whatever the one before carried is lost.
                 self._session = session

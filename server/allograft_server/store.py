@@ -73,8 +73,9 @@ _MIGRATIONS: tuple[str, ...] = (
     ) STRICT, WITHOUT ROWID;
     CREATE TABLE to_log (
         number INTEGER PRIMARY KEY, sha256 TEXT NOT NULL UNIQUE, entry BLOB NOT NULL,
-        dispatch_id TEXT NOT NULL, place INTEGER
+        subject TEXT NOT NULL, place INTEGER
     ) STRICT;
+    CREATE INDEX to_log_subject ON to_log (subject);
     CREATE TABLE receipt (
         number INTEGER PRIMARY KEY, digest TEXT NOT NULL UNIQUE, dispatch_id TEXT NOT NULL,
         site TEXT NOT NULL, state TEXT NOT NULL, code TEXT NOT NULL, envelope BLOB NOT NULL,
@@ -433,13 +434,16 @@ class Store:
 
     # --- entries on their way into the log ---
 
-    def queue_entry(self, sha256: str, entry: bytes, dispatch_id: str) -> None:
+    def queue_entry(self, sha256: str, entry: bytes, subject: str) -> None:
         """Queue an entry for the log in the transaction of what it announces."""
         self._run(
-            "INSERT INTO to_log (sha256, entry, dispatch_id) VALUES (?, ?, ?) ON CONFLICT DO"
-            " NOTHING",
-            sha256, entry, dispatch_id,
+            "INSERT INTO to_log (sha256, entry, subject) VALUES (?, ?, ?) ON CONFLICT DO NOTHING",
+            sha256, entry, subject,
         )  # fmt: skip
+
+    def has_entry(self, subject: str) -> bool:
+        """Whether an entry about this subject was queued, ever."""
+        return bool(self._rows("SELECT 1 FROM to_log WHERE subject = ? LIMIT 1", subject))
 
     def queued_entries(self) -> tuple[QueuedEntry, ...]:
         """Entries that are not known to be in the log, oldest first."""
@@ -450,9 +454,9 @@ class Store:
         """Record where in the log an entry stands."""
         self._run("UPDATE to_log SET place = ? WHERE number = ?", place, number)
 
-    def place_of_dispatch(self, dispatch_id: str) -> int | None:
-        """Where in the log a dispatch stands, or None while it is queued."""
-        rows = self._rows("SELECT place FROM to_log WHERE dispatch_id = ?", dispatch_id)
+    def place_of(self, subject: str) -> int | None:
+        """Where in the log the entry about a subject stands, or None while it is queued."""
+        rows = self._rows("SELECT place FROM to_log WHERE subject = ?", subject)
         return rows[0]["place"] if rows else None
 
     # --- receipts ---

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,6 +33,8 @@ _LONGEST_PAUSE_S = 30.0
 _LOG_BYTES = 16 << 20
 _SETTLED_S = 30.0  # a child that lived this long starts again without a pause
 _RUN_CHECK_S = 5.0
+# Flower itself takes 50 seconds to notice that a ServerApp is gone.
+_SILENCE_S = 20.0
 #: What children inherit; anything else in the operator's environment is none of their business.
 _INHERITED = ("PATH", "HOME", "LANG", "LC_ALL", "TMPDIR", "TZ", "VIRTUAL_ENV", "PYTHONPATH")
 
@@ -108,15 +110,18 @@ class Supervisor:
 
     Attributes:
         node_keys: What the roster says now: site → OpenSSH public key of its node.
+        heard_s: When the ServerApp last asked for calls, by the monotonic clock.
     """
 
     state: State
     settings: Settings
     node_keys: Mapping[str, str] = field(default_factory=dict)
+    heard_s: Callable[[], float] = time.monotonic
     _children: list[Child] = field(default_factory=list)
     _control: ControlClient | None = None
     _synced: Mapping[str, str] | None = None
     _checked_s: float = 0.0
+    _answering_s: float = 0.0  # since when the SuperLink answers and the run is the same
 
     def start(self) -> None:
         """Make the secrets and prepare the children; `tick` starts them."""
@@ -139,6 +144,7 @@ class Supervisor:
         if superlink.keep():
             self._synced = None
             self._checked_s = 0.0
+            self._answering_s = 0.0
         executor.keep()
         if dict(self.node_keys) != self._synced:
             self._sync_nodes()
@@ -186,13 +192,18 @@ class Supervisor:
             )
 
     def _ensure_run(self) -> None:
-        """Exactly one run: submit if there is none, end all but the newest otherwise."""
+        """Exactly one run whose ServerApp is heard; others are ended, a missing one submitted."""
         assert self._control is not None
         runs = self._control.active_runs()
-        for run_id in runs[1:]:
+        now_s = time.monotonic()
+        self._answering_s = self._answering_s or now_s
+        is_silent = now_s - max(self.heard_s(), self._answering_s) > _SILENCE_S
+        kept = 0 if is_silent else 1
+        for run_id in runs[kept:]:
             self._control.stop_run(run_id)
-        if not runs:
+        if not runs[:kept]:
             run_id = self._control.start_run(build_bundle(app_directory()))
+            self._answering_s = now_s
             structlog.get_logger("supervisor").info("run-submitted", run=run_id)
 
     def _superlink(self) -> Child:

@@ -17,9 +17,17 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
-from allograft.crypto.keys import NodeKey
+from allograft.crypto.keys import NodeKey, SigningKey, VerifyKey
 from allograft.crypto.tls import make_authority, make_server_certificate
+from allograft.errors import UnavailableError
+from allograft.relay.item import Item, describe_item
+from allograft_server.mailbox import Mailbox
+from allograft_server.relay import Relay
+from allograft_server.service import CourierService
 from allograft_server.settings import Settings, State
+from allograft_server.store import ItemRow, Store
+from allograft_server.supervisor import Supervisor
+from kit.simulated_site import SimulatedSite, serve_site
 
 DEADLINE_S = 90.0
 
@@ -123,3 +131,119 @@ class SiteNode:
             yield self
         finally:
             self.stop()
+
+
+class FlowerRelay:
+    """The coordinator's relay over real Flower processes, with simulated sites and no roster."""
+
+    def __init__(self, root: Path, *names: str) -> None:
+        self.root = root
+        self.state, self.settings = make_state(root / "hub")
+        self.key = SigningKey.generate()
+        self.sites: dict[str, SimulatedSite] = {}
+        self.nodes: dict[str, SiteNode] = {}
+        self._owners: dict[str, str] = {}
+        node_keys: dict[str, str] = {}
+        for name in names:
+            key = NodeKey.generate()
+            node_keys[name] = key.public_openssh
+            self._owners[key.public_pem] = name
+            self.sites[name] = SimulatedSite(name, root / name, "hub", self.key.public)
+            self.nodes[name] = SiteNode(
+                root / f"{name}-node",
+                key,
+                self.settings.address,
+                self.state.tls / "ca.pem",
+                root / f"{name}.sock",
+            )
+        self.store = Store(self.state.database)
+        self.mailbox = Mailbox(self.state.mailbox, 0)
+        self.relay = Relay(
+            "hub",
+            self.key,
+            self.store,
+            self.mailbox,
+            self,
+            self,
+            lambda: datetime.now(UTC),
+            time.monotonic,
+        )
+        self.supervisor = Supervisor(
+            self.state, self.settings, node_keys, lambda: self.relay.heard_s
+        )
+
+    # the roster and the desk, as the relay sees them
+
+    def site_of_node(self, public_key: bytes) -> str | None:
+        return self._owners.get(public_key.decode())
+
+    def site_keys(self, site: str, now: datetime) -> tuple[VerifyKey, ...]:
+        return (self.sites[site].key.public,)
+
+    def check_item(self, item: Item) -> None: ...
+
+    def item_delivered(self, row: ItemRow) -> None:
+        self.store.move_item(row.item_id, ("waiting",), "delivered")
+
+    def item_untaken(self, row: ItemRow, code: str) -> None:
+        self.store.move_item(row.item_id, ("waiting",), "refused", code)
+
+    def checkpoint_for(self, site: str, witnessed_size: int) -> tuple[str, tuple[bytes, ...]]:
+        return "", ()
+
+    def cosigned(self, site: str, cosignature: str) -> None: ...
+
+    # driving
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[FlowerRelay]:
+        """Everything, for the length of a block."""
+        with contextlib.ExitStack() as stack:
+            for name, site in self.sites.items():
+                server = serve_site(site, self.root / f"{name}.sock")
+                stack.callback(lambda server=server: server.stop(0).wait(5))
+            stack.enter_context(CourierService(self.state.socket, self.relay))
+            stack.callback(self.supervisor.stop)
+            self.supervisor.start()
+            for node in self.nodes.values():
+                stack.enter_context(node.running())
+            yield self
+
+    def tick(self) -> None:
+        """What the daemon does between calls: keep Flower running, judge what is complete."""
+        with contextlib.suppress(UnavailableError):
+            self.supervisor.tick()
+        for row in self.store.items_in("complete"):
+            for file in row.item.files:
+                self.mailbox.finish_file(row.item_id, file)
+            self.store.move_item(row.item_id, ("complete",), "stored")
+
+    def wait_until(
+        self, what: str, done: Callable[[], bool], deadline_s: float = DEADLINE_S
+    ) -> None:
+        """Run until a condition holds, but not for ever."""
+
+        def step() -> bool:
+            self.tick()
+            return done()
+
+        wait_until(what, step, deadline_s)
+
+    def state_of(self, item: Item) -> str:
+        """The state of an item at the coordinator."""
+        row = self.store.find_item(item.item_id)
+        return row.state if row else "unknown"
+
+    def queue(self, site: str, item: Item) -> Item:
+        """Send the files of a stored item on to another site."""
+        forwarded = Item("packet", "hub", site, item.files)
+        self.store.add_item(forwarded, site, "waiting", "subject")
+        return forwarded
+
+    def queue_files(self, site: str, directory: Path) -> Item:
+        """Send small files to a site."""
+        item = describe_item("roster", "hub", site, sorted(directory.iterdir()))
+        for file in item.files:
+            self.mailbox.add_file(file, (directory / file.name).read_bytes())
+        self.store.add_item(item, site, "waiting", "subject")
+        return item
