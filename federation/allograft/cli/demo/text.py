@@ -28,6 +28,7 @@ MEDICINE_SEED = 11
 
 # A general document is at least a short paragraph and at most a page.
 _CHUNK_CHARS = (200, 900)
+_RECOGNISED_CHARS = 60
 
 # Standard modules with much prose. A fixed list: what is read must not depend on the machine.
 _PROSE_MODULES = (
@@ -70,13 +71,28 @@ def read_python_text(held_out_tenths: int = 2) -> GeneralText:
     for name, text in (*_topics(), *_docstrings()):
         held = hashlib.sha256(name.encode()).digest()[0] % 10 < held_out_tenths
         sides[held].extend(_chunks(text))
-    training, retention = (tuple(dict.fromkeys(side)) for side in sides)
+    training = tuple(dict.fromkeys(sides[0]))
+    # Topics and classes quote each other: what shares a paragraph with training is no test.
+    known = " ".join(" ".join(chunk.split()) for chunk in training)
+    retention = tuple(
+        chunk
+        for chunk in dict.fromkeys(sides[1])
+        if not any(paragraph in known for paragraph in _paragraphs(chunk))
+    )
     if len(training) < 200 or len(retention) < 60:
         raise RejectedError(
             "AG-DEM-010",
             "this Python has no documentation to learn from; pass --general FILE",
         )
     return GeneralText(training, retention)
+
+
+def _paragraphs(chunk: str) -> Iterator[str]:
+    """Paragraphs long enough to be recognised, without regard to their indentation."""
+    for paragraph in chunk.split("\n\n"):
+        plain = " ".join(paragraph.split())
+        if len(plain) >= _RECOGNISED_CHARS:
+            yield plain
 
 
 def _topics() -> Iterator[tuple[str, str]]:
