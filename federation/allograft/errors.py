@@ -415,6 +415,59 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
             "a note is not signed by the log",
             "Compare the log's verifier key in the roster with the one the coordinator shows.",
         ),
+        "AG-LOG-005": ErrorCode(
+            "a checkpoint is malformed or of another log",
+            "Compare the log's origin in the roster with the one the coordinator shows.",
+        ),
+        "AG-LOG-006": ErrorCode(
+            "a cosignature does not fit its witness",
+            "Ask for the proof again; if it persists, the coordinator invents witnesses.",
+        ),
+        "AG-LOG-007": ErrorCode(
+            "too few witnesses have seen a checkpoint",
+            "Wait until more sites are online; the roster's policy says how many it takes.",
+        ),
+        "AG-LOG-008": ErrorCode(
+            "a log proof is malformed",
+            "Ask for the proof again; see protos/spec/log.md for the format.",
+        ),
+        "AG-LOG-009": ErrorCode(
+            "the log shrank",
+            "Entries were removed, or an old backup was restored. Keep the witness's state as "
+            "evidence and ask the coordinator; nothing was cosigned.",
+        ),
+        "AG-LOG-010": ErrorCode(
+            "the log forked: two histories of one log",
+            "Keep the witness's state as evidence and tell the other sites; nothing was cosigned.",
+        ),
+        "AG-LOG-011": ErrorCode(
+            "a consistency proof does not start where this witness stands",
+            "Nothing to do here: an answer was lost, and the coordinator asks again.",
+        ),
+        "AG-LOG-012": ErrorCode(
+            "the log's database or a witness's memory is damaged, or belongs to another log",
+            "Restore the newest backup of this file; never delete a witness's memory.",
+        ),
+        "AG-LOG-013": ErrorCode(
+            "an exported log is incomplete or holds files that do not belong there",
+            "Export it again; do not rename, add or remove files.",
+        ),
+        "AG-LOG-014": ErrorCode(
+            "an exported log is not the one that was signed",
+            "Export it again; if it persists, the coordinator's log was changed.",
+        ),
+        "AG-LOG-015": ErrorCode(
+            "an entry of the log is out of order",
+            "The coordinator accepted what it had to refuse; show the entry to the auditors.",
+        ),
+        "AG-LOG-016": ErrorCode(
+            "a roster in the log does not verify, or is not the one that was logged",
+            "Compare the roster's digest with what the sites trusted at that time.",
+        ),
+        "AG-LOG-017": ErrorCode(
+            "no checkpoint of the log has enough witnesses yet",
+            "Wait until enough sites have been online since the first entries, then export.",
+        ),
         # --- AG-RLY: relay between coordinator and sites ---
         "AG-RLY-001": ErrorCode(
             "a relay frame is malformed",
