@@ -157,7 +157,7 @@ def _check_growth(
             ) from error
         raise RejectedError(
             "AG-LOG-010",
-            f"the log of size {offered.size} does not contain the one of {newest.size}",
+            f"size {offered.size} does not contain size {newest.size}",
         ) from error
 
 
