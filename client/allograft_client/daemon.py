@@ -122,10 +122,10 @@ class Daemon:
     def _exchange(self, site: Site) -> Exchange:
         return Exchange(
             Parties(site.name, site.trust.coordinator, site.key),
-            site.trust.roster,
+            site.trust.latest_roster,
             site.store,
             (site.outbox, site.inbox),
-            site.trust.witness,
+            site.trust.witness(),
             self._alarm,
         )
 

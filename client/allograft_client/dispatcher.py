@@ -300,4 +300,7 @@ def _dispatches(site: Site, packet_id: str) -> list[dict[str, Any]]:
 
 
 def _sealing_key(site: Site, name: str, now: datetime) -> SealingPublicKey:
-    return site.trust.roster().sealing_key(name, now)
+    record = site.trust.roster().site(name, now)
+    if "recipient" not in record.roles:
+        raise RejectedError("AG-SIT-014", f"{name} is not enrolled as a recipient")
+    return record.sealing_key

@@ -145,7 +145,7 @@ class Exchange:
             refused=refused,
             roster_version=roster.version,
             cosignature=self._cosign(call, now),
-            witnessed_size=self._witness.size,
+            witnessed_size=self._witnessed_size(),
         )
 
     def _cosign(self, call: PollCall, now: datetime) -> str:
@@ -153,10 +153,17 @@ class Exchange:
             return ""
         try:
             return self._witness.cosign(call.checkpoint, call.consistency, now)
-        except RejectedError as error:
+        except AllograftError as error:
             # A log that forks must not stop receipts and offers: they are the evidence.
             self._alarm(error.code, error.cause)
             return ""
+
+    def _witnessed_size(self) -> int:
+        try:
+            return self._witness.size
+        except RejectedError as error:
+            self._alarm(error.code, error.cause)
+            return 0
 
     def _sign(self, call: Header, now: datetime, body: bytes, code: str = "") -> SignedFrame:
         header = Header(

@@ -164,6 +164,9 @@ def _verify(site: Site, arrival: _Arrival, is_seen: Callable[[str], bool]) -> Ve
         now,
         is_seen,
     )
+    donor = roster.site(verified.dispatch.donor, now)
+    if "donor" not in donor.roles:
+        raise RejectedError("AG-ROS-002", f"{donor.site_id} is not enrolled as a donor")
     _check_log(site, arrival, verified)
     container.check_sealed_files(arrival.directory, verified.header)
     opener = Opener(site.name, site.sealing_key())

@@ -95,7 +95,7 @@ _MIGRATIONS: tuple[str, ...] = (
     ) STRICT;
     CREATE TABLE receipt (
         packet_id TEXT NOT NULL, site TEXT NOT NULL, state TEXT NOT NULL, code TEXT NOT NULL,
-        time TEXT NOT NULL, PRIMARY KEY (packet_id, site, time)
+        time TEXT NOT NULL, PRIMARY KEY (packet_id, site, state, time)
     ) STRICT;
     """,
 )
@@ -497,7 +497,7 @@ class Store:
 
     def receipts(self, packet_id: str) -> tuple[ReceiptRow, ...]:
         """Receipts for one packet, oldest first."""
-        rows = self._rows("SELECT * FROM receipt WHERE packet_id = ? ORDER BY time", packet_id)
+        rows = self._rows("SELECT * FROM receipt WHERE packet_id = ? ORDER BY rowid", packet_id)
         return tuple(
             ReceiptRow(r["packet_id"], r["site"], r["state"], r["code"], r["time"]) for r in rows
         )

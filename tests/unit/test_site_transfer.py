@@ -1,0 +1,521 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A packet from plan to receipt between two sites, and everything that must stop it."""
+
+import json
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from allograft.errors import RejectedError, UnavailableError
+from allograft.evaluate.gate import Outcome
+from allograft_client import dispatcher, donor
+from kit.consortium import POLICY, Consortium, write_model
+
+A, B, C = "hospital-a", "hospital-b", "bank-c"
+
+
+@pytest.fixture
+def two(tmp_path):
+    consortium = Consortium(tmp_path)
+    yield consortium
+    consortium.close()
+
+
+def donate(consortium, **changes) -> str:
+    site = consortium[A].site
+    packet_id, _ = donor.plan_donation(site, consortium[A].plan(**changes))
+    consortium.step()
+    return packet_id
+
+
+def send(consortium, packet_id, to=(B,), tamper=None) -> None:
+    dispatcher.queue_dispatch(consortium[A].site, packet_id, list(to))
+    consortium.step(tamper)
+
+
+def state(consortium, name, packet_id):
+    row = consortium[name].site.store.packet(packet_id)
+    return row.state, row.code
+
+
+def receipts(consortium, packet_id):
+    rows = consortium[A].site.store.receipts(packet_id)
+    return [(row.site, row.state, row.code) for row in rows]
+
+
+def test_a_packet_travels_from_plan_to_kept_with_a_receipt(two):
+    packet_id = donate(two)
+    assert state(two, A, packet_id) == ("routed", "")
+    send(two, packet_id)
+    assert state(two, A, packet_id) == ("dispatched", "")
+    assert state(two, B, packet_id) == ("kept", "")
+    assert receipts(two, packet_id) == [(B, "kept", "")]
+    (attachment,) = two[B].site.store.attachments("base")
+    assert (attachment.packet_id, attachment.dose) == (packet_id, 0.5)
+
+
+def test_every_change_of_state_of_a_packet_is_remembered(two):
+    packet_id = donate(two)
+    send(two, packet_id)
+    donor_states = [c.state for c in two[A].site.store.history(packet_id)]
+    assert donor_states == ["training", "offered", "routed", "dispatched"]
+    states = [c.state for c in two[B].site.store.history(packet_id)]
+    assert states == ["received", "verified", "kept"]
+
+
+def test_nothing_that_leaves_holds_text_or_paths_of_the_donor(two, tmp_path):
+    packet_id = donate(two)
+    send(two, packet_id)
+    for _, _, files in two.sent:
+        for content in files.values():
+            assert b"private text" not in content
+            assert str(tmp_path).encode() not in content
+
+
+def test_without_a_policy_nothing_is_made(tmp_path):
+    two = Consortium(tmp_path, hospital_a=None)
+    with pytest.raises(RejectedError, match="AG-PRV-001"):
+        donor.plan_donation(two[A].site, two[A].plan())
+    assert two[A].site.store.packets() == ()
+    two.close()
+
+
+def test_a_policy_that_vanished_stops_the_dispatch(two):
+    packet_id = donate(two)
+    two[A].home.policy_file.unlink()
+    send(two, packet_id)
+    assert state(two, A, packet_id)[0] == "routed"
+    (failed,) = [job for job in two[A].site.store.jobs() if job.state == "failed"]
+    assert failed.code == "AG-PRV-001"
+    assert not [kind for _, kind, _ in two.sent if kind == "dispatch"]
+
+
+def test_without_a_policy_nothing_attaches(tmp_path):
+    two = Consortium(tmp_path, hospital_b=None)
+    packet_id = donate(two)
+    send(two, packet_id)
+    assert state(two, B, packet_id) == ("refused", "AG-PRV-001")
+    assert two[B].runner.tasks == []
+    assert not two[B].site.packet_path(packet_id, "opened").exists()
+    assert receipts(two, packet_id) == [(B, "refused", "AG-PRV-001")]
+    two.close()
+
+
+def test_modes_that_are_not_available_are_refused_before_anything_runs(two):
+    for mode in ("strict", "measured"):
+        with pytest.raises(RejectedError, match="AG-PRV-011"):
+            donor.plan_donation(two[A].site, two[A].plan(mode=mode))
+    assert two[A].runner.tasks == []
+
+
+def test_waits_for_every_approval_that_the_policy_asks_for(tmp_path):
+    policy = POLICY.replace("approvals = []", 'approvals = ["steward", "officer"]')
+    two = Consortium(tmp_path, hospital_a=policy)
+    packet_id = donate(two)
+    assert state(two, A, packet_id)[0] == "awaiting-approval"
+    dispatcher.approve_packet(two[A].site, packet_id, "steward")
+    two.step()
+    assert "officer" in two[A].site.store.packet(packet_id).reason
+    assert not [kind for _, kind, _ in two.sent if kind == "offer"]
+    dispatcher.approve_packet(two[A].site, packet_id, "officer")
+    two.step()
+    assert state(two, A, packet_id)[0] == "routed"
+    send(two, packet_id)
+    assert state(two, B, packet_id)[0] == "kept"
+    two.close()
+
+
+def test_refuses_an_approval_by_a_role_nobody_asked_for(tmp_path):
+    policy = POLICY.replace("approvals = []", 'approvals = ["steward"]')
+    two = Consortium(tmp_path, hospital_a=policy)
+    packet_id = donate(two)
+    with pytest.raises(RejectedError, match="AG-PRV-030"):
+        dispatcher.approve_packet(two[A].site, packet_id, "intern")
+    two.close()
+
+
+def test_a_gate_that_finds_an_identifier_refuses_the_packet(two):
+    packet_id = donate(two, domain="letters to jane.doe@example.org")
+    assert state(two, A, packet_id) == ("refused", "AG-PRV-020")
+    assert not [kind for _, kind, _ in two.sent if kind == "offer"]
+
+
+def test_automatic_dispatch_sends_to_whom_route_and_policy_allow(tmp_path):
+    policy = POLICY.replace('recipients = ["*"]', f'recipients = ["{B}"]\ndispatch = "automatic"')
+    three = Consortium(tmp_path, (A, B, C), hospital_a=policy)
+    packet_id = donate(three)
+    assert state(three, B, packet_id)[0] == "kept"
+    assert not three[C].site.store.has_packet(packet_id)
+    three.close()
+
+
+def test_refuses_recipients_outside_the_policy_or_the_route(tmp_path):
+    policy = POLICY.replace('recipients = ["*"]', f'recipients = ["{B}"]')
+    three = Consortium(tmp_path, (A, B, C), hospital_a=policy)
+    packet_id = donate(three)
+    for recipient, code in ((C, "AG-PRV-004"), ("nobody", "AG-SIT-014")):
+        with pytest.raises(RejectedError, match=code):
+            dispatcher.dispatch_packet(three[A].site, packet_id, "d" * 32, [recipient])
+    three.close()
+
+
+def test_refuses_to_seal_for_a_revoked_recipient(two):
+    packet_id = donate(two)
+    two.revoke(B)
+    with pytest.raises(RejectedError, match="AG-ROS-003"):
+        dispatcher.dispatch_packet(two[A].site, packet_id, "d" * 32, [B])
+
+
+def test_an_expired_roster_seals_and_opens_nothing(two):
+    packet_id = donate(two)
+    two.change(expires=datetime.now(UTC) - timedelta(seconds=1))
+    with pytest.raises(RejectedError, match="AG-ROS-007"):
+        dispatcher.dispatch_packet(two[A].site, packet_id, "d" * 32, [B])
+
+
+def test_repeating_a_dispatch_job_sends_nothing_twice(two):
+    packet_id = donate(two)
+    for _ in range(2):
+        dispatcher.dispatch_packet(two[A].site, packet_id, "d" * 32, [B])
+    two.step()
+    assert len([kind for _, kind, _ in two.sent if kind == "dispatch"]) == 1
+
+
+# --- what the recipient must notice ---
+
+
+def flip(name):
+    def tamper(files):
+        content = bytearray(files[name])
+        content[len(content) // 2] ^= 1
+        return {**files, name: bytes(content)}
+
+    return tamper
+
+
+def edited(name, change):
+    def tamper(files):
+        value = json.loads(files[name])
+        change(value)
+        return {**files, name: json.dumps(value).encode()}
+
+    return tamper
+
+
+def without(name):
+    return lambda files: {n: c for n, c in files.items() if n != name}
+
+
+@pytest.mark.parametrize(
+    ("tamper", "code"),
+    [
+        (flip("part-000.sealed"), "AG-PKT-004"),
+        (flip("manifest.sealed"), "AG-PKT-004"),
+        (lambda files: {**files, "dispatch.proof": b"another"}, "AG-LOG-002"),
+        (without("dispatch.proof"), "AG-PKT-002"),
+        (without("part-000.sealed"), "AG-PKT-002"),
+        (edited("dispatch.json", lambda v: v["signatures"][0].update(sig="AAAA")), "AG-SIG-003"),
+        (lambda files: {**files, "part-000.sealed": files["part-000.sealed"][:-1]}, "AG-PKT-004"),
+    ],
+)
+def test_a_packet_changed_on_its_way_is_quarantined_with_a_receipt(two, tamper, code):
+    packet_id = donate(two)
+    send(two, packet_id, tamper=tamper)
+    assert state(two, B, packet_id) == ("quarantined", code)
+    assert receipts(two, packet_id) == [(B, "quarantined", code)]
+    assert two[B].runner.tasks == []
+    assert not two[B].site.packet_path(packet_id, "opened").exists()
+
+
+def test_a_true_copy_is_taken_after_a_tampered_one(two):
+    packet_id = donate(two)
+    send(two, packet_id, tamper=flip("part-000.sealed"))
+    (files,) = [files for _, kind, files in two.sent if kind == "dispatch"]
+    two.deliver(B, "packet", {**files, "dispatch.proof": b"a log proof"})
+    two.step()
+    assert state(two, B, packet_id) == ("kept", "")
+
+
+def test_a_tampered_copy_of_a_kept_packet_changes_nothing_and_is_shown(two):
+    packet_id = donate(two)
+    send(two, packet_id)
+    (files,) = [files for _, kind, files in two.sent if kind == "dispatch"]
+    two.deliver(B, "packet", flip("part-000.sealed")({**files, "dispatch.proof": b"a log proof"}))
+    two.step()
+    assert state(two, B, packet_id) == ("kept", "")
+    (extra,) = two[B].site.store.extras()
+    assert (extra.packet_id, extra.code) == (packet_id, "AG-PKT-004")
+
+
+def test_a_replayed_dispatch_changes_nothing(two):
+    packet_id = donate(two)
+    send(two, packet_id)
+    (files,) = [files for _, kind, files in two.sent if kind == "dispatch"]
+    again = {**files, "dispatch.proof": b"a log proof", "extra.json": b"{}"}
+    two.deliver(B, "packet", again)
+    two.step()
+    assert state(two, B, packet_id) == ("kept", "")
+    assert [extra.code for extra in two[B].site.store.extras()] == ["AG-SIT-010"]
+    assert len(two[B].runner.done("try")) == 1
+
+
+def test_a_packet_for_another_site_is_not_opened(tmp_path):
+    three = Consortium(tmp_path, (A, B, C))
+    packet_id = donate(three)
+    send(three, packet_id, to=[B])
+    (files,) = [files for _, kind, files in three.sent if kind == "dispatch"]
+    three.deliver(C, "packet", {**files, "dispatch.proof": b"a log proof"})
+    three.step()
+    assert state(three, C, packet_id) == ("quarantined", "AG-PRO-003")
+    three.close()
+
+
+def test_a_packet_of_a_revoked_donor_is_quarantined(two):
+    packet_id = donate(two)
+    two.members[B].site.trust.roster_now = two.roster
+    dispatcher.queue_dispatch(two[A].site, packet_id, [B])
+    two[A].work()
+    sites = {B: two.roster.sites[B]}
+    two[B].site.trust.roster_now = two.roster.__class__(
+        **{
+            **{f: getattr(two.roster, f) for f in two.roster.__dataclass_fields__},
+            "sites": sites,
+        }
+    )
+    two.relay()
+    two[B].work()
+    assert state(two, B, packet_id) == ("quarantined", "AG-ROS-002")
+
+
+def test_a_packet_past_its_end_is_not_opened(two, monkeypatch):
+    packet_id = donate(two, valid_days=1)
+    dispatcher.queue_dispatch(two[A].site, packet_id, [B])
+    two[A].work()
+    two.relay()
+    later = datetime.now(UTC) + timedelta(days=2)
+    monkeypatch.setattr(type(two[B].site), "now", lambda self: later.replace(microsecond=0))
+    two.change(expires=later + timedelta(days=1))
+    two[B].work()
+    assert state(two, B, packet_id) == ("quarantined", "AG-PRO-004")
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ('donors = ["*"]', "AG-PRV-005"),
+        ('kinds = ["organ"]\nmodes = ["open"]\nautomatic_trial', "AG-PRV-005"),
+    ],
+)
+def test_the_recipients_policy_is_asked_before_the_payload_is_opened(tmp_path, line, code):
+    closed = {'donors = ["*"]': "donors = []"}.get(
+        line, 'kinds = ["lora"]\nmodes = ["open"]\nautomatic_trial'
+    )
+    two = Consortium(tmp_path, hospital_b=POLICY.replace(line, closed))
+    packet_id = donate(two)
+    send(two, packet_id)
+    assert state(two, B, packet_id) == ("refused", code)
+    assert two[B].runner.tasks == []
+    two.close()
+
+
+def test_refuses_another_seed_of_the_same_shape_before_the_payload_is_opened(two, tmp_path):
+    two[B].add_model("base", write_model(tmp_path / "stranger", seed=2))
+    packet_id = donate(two)
+    send(two, packet_id)
+    assert state(two, B, packet_id) == ("refused", "AG-RCP-013")
+    assert "cosine" in two[B].site.store.packet(packet_id).reason
+    assert two[B].runner.tasks == []
+    assert receipts(two, packet_id) == [(B, "refused", "AG-RCP-013")]
+
+
+def test_accepts_a_descendant_of_the_base_as_lineage(two, tmp_path):
+    two[B].add_model("base", write_model(tmp_path / "descendant", drift=0.05))
+    packet_id = donate(two)
+    send(two, packet_id)
+    facts = two[B].site.store.packet(packet_id).facts
+    assert state(two, B, packet_id) == ("kept", "")
+    assert facts["verdict"] == "lineage"
+
+
+def test_a_site_without_a_model_refuses(two):
+    two[B].site.store._run("DELETE FROM model")
+    packet_id = donate(two)
+    send(two, packet_id)
+    assert state(two, B, packet_id) == ("refused", "AG-SIT-003")
+
+
+def test_what_cannot_even_be_read_is_dropped_and_shown(two):
+    item_id = two.deliver(B, "packet", {"header.json": b"[]", "dispatch.json": b"{}"})
+    two.step()
+    assert two[B].site.store.packets() == ()
+    assert two[B].site.store.find_item(item_id, "in").state == "refused"
+
+
+# --- trial, keep, revert, withdraw ---
+
+
+def test_the_gates_no_is_a_revert_with_a_receipt(two):
+    two[B].runner.outcome = Outcome.REVERT
+    packet_id = donate(two)
+    send(two, packet_id)
+    row = two[B].site.store.packet(packet_id)
+    assert (row.state, row.reason) == ("reverted", "the gate said no: no-gain")
+    assert two[B].site.store.attachments("base") == ()
+    assert receipts(two, packet_id) == [(B, "reverted", "")]
+
+
+def test_waits_for_a_person_where_the_policy_says_so(tmp_path):
+    policy = POLICY.replace("automatic_keep = true", "automatic_keep = false")
+    two = Consortium(tmp_path, hospital_b=policy)
+    packet_id = donate(two)
+    send(two, packet_id)
+    assert state(two, B, packet_id) == ("trialled", "")
+    assert receipts(two, packet_id) == []
+    two[B].site.store.add_job("light", "keep", packet_id)
+    two.step()
+    assert state(two, B, packet_id) == ("kept", "")
+    assert receipts(two, packet_id) == [(B, "kept", "")]
+    two.close()
+
+
+def test_takes_a_kept_packet_out_again(two):
+    packet_id = donate(two)
+    send(two, packet_id)
+    two[B].site.store.add_job("heavy", "revert", packet_id)
+    two.step()
+    assert state(two, B, packet_id) == ("reverted", "")
+    assert two[B].site.store.packet(packet_id).facts["bit_exact"] is True
+    assert two[B].site.store.attachments("base") == ()
+    assert {r[1] for r in receipts(two, packet_id)} >= {"reverted"}
+
+
+def test_a_model_that_is_not_restored_keeps_the_packet_and_raises_the_alarm(two):
+    packet_id = donate(two)
+    send(two, packet_id)
+    two[B].runner.errors["revert"] = RejectedError("AG-EVA-003", "the model's state differs")
+    number = two[B].site.store.add_job("heavy", "revert", packet_id)
+    two.step()
+    assert state(two, B, packet_id)[0] == "kept"
+    assert two[B].site.store.job(number).code == "AG-EVA-003"
+
+
+def test_keeping_needs_a_trial_first(tmp_path):
+    policy = POLICY.replace("automatic_trial = true", "automatic_trial = false")
+    two = Consortium(tmp_path, hospital_b=policy)
+    packet_id = donate(two)
+    send(two, packet_id)
+    assert state(two, B, packet_id)[0] == "verified"
+    number = two[B].site.store.add_job("light", "keep", packet_id)
+    two.step()
+    assert two[B].site.store.job(number).code == "AG-SIT-004"
+    two.close()
+
+
+def test_figures_leave_only_where_the_policy_shares_them(tmp_path):
+    shared = POLICY + "\n[receipt]\nshare_figures = true\n"
+    for name, policy, expected in (("no", POLICY, False), ("yes", shared, True)):
+        two = Consortium(tmp_path / name, hospital_b=policy)
+        packet_id = donate(two)
+        send(two, packet_id)
+        (files,) = [files for _, kind, files in two.sent if kind == "receipt"]
+        payload = json.loads(files["receipt.json"])["payload"]
+        import base64
+
+        assert (b"figures" in base64.b64decode(payload)) is expected
+        two.close()
+
+
+def test_a_withdrawal_detaches_and_deletes(two):
+    packet_id = donate(two)
+    send(two, packet_id)
+    dispatcher.withdraw_packet(two[A].site, packet_id)
+    two.step()
+    assert state(two, A, packet_id)[0] == "withdrawn"
+    assert state(two, B, packet_id)[0] == "recalled"
+    assert two[B].site.store.attachments("base") == ()
+    assert not two[B].site.packet_path(packet_id).exists()
+
+
+# --- interruptions ---
+
+
+def test_a_full_disk_puts_the_job_back_and_it_ends_later(two):
+    packet_id, number = donor.plan_donation(two[A].site, two[A].plan())
+    two[A].runner.errors["train"] = UnavailableError("AG-STO-001", "no space")
+    job = two[A].site.store.next_job("heavy")
+    from allograft_client import jobs
+
+    assert not jobs.run_job(two[A].site, job)
+    waiting = two[A].site.store.job(number)
+    assert (waiting.state, waiting.code) == ("queued", "AG-STO-001")
+    two[A].runner.errors.clear()
+    two.step()
+    assert state(two, A, packet_id)[0] == "routed"
+
+
+def test_a_worker_that_dies_again_and_again_is_given_up(two):
+    packet_id, _ = donor.plan_donation(two[A].site, two[A].plan())
+    two[A].runner.errors["train"] = UnavailableError("AG-SIT-007", "killed")
+    from allograft_client import jobs
+
+    for _ in range(5):
+        jobs.run_job(two[A].site, two[A].site.store.next_job("heavy"))
+    assert state(two, A, packet_id) == ("failed", "AG-SIT-007")
+
+
+def test_training_is_not_repeated_after_a_restart(two):
+    packet_id, _ = donor.plan_donation(two[A].site, two[A].plan())
+    two[A].runner.errors["evaluate"] = UnavailableError("AG-SIT-007", "killed")
+    from allograft_client import jobs
+
+    jobs.run_job(two[A].site, two[A].site.store.next_job("heavy"))
+    two[A].runner.errors.clear()
+    two.reopen()
+    two.step()
+    assert state(two, A, packet_id)[0] == "routed"
+    assert len(two[A].runner.done("train")) == 1
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL."""
+
+
+@pytest.mark.parametrize("step", ["_store_sealed", "claim_dispatch", "finish_job"])
+def test_a_recipient_killed_while_it_takes_a_packet_goes_on(two, monkeypatch, step):
+    from allograft_client import recipient
+
+    packet_id = donate(two)
+    dispatcher.queue_dispatch(two[A].site, packet_id, [B])
+    two[A].work()
+    two.relay()
+    target = recipient if step == "_store_sealed" else type(two[B].site.store)
+    original = getattr(target, step)
+
+    def kill(*arguments, **named):
+        if step != "finish_job" or two[B].site.store.has_packet(packet_id):
+            original(*arguments, **named)
+            raise Killed
+        return original(*arguments, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(target, step, kill)
+        with pytest.raises(Killed):
+            two[B].work()
+    two.reopen()
+    two.step()
+    assert state(two, B, packet_id) == ("kept", "")
+    assert receipts(two, packet_id) == [(B, "kept", "")]
+    assert two[B].site.store.extras() == ()
+
+
+def test_a_crash_inside_a_job_leaves_a_state_with_a_reason(two, monkeypatch):
+    from allograft_client import recipient
+
+    packet_id = donate(two)
+
+    def crash(*_):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(recipient, "_choose_model", crash)
+    send(two, packet_id)
+    assert state(two, B, packet_id) == ("quarantined", "AG-SIT-007")
