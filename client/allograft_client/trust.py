@@ -10,7 +10,11 @@ from __future__ import annotations
 import threading
 from datetime import UTC, datetime
 
+from allograft.crypto import keystore
 from allograft.errors import RejectedError
+from allograft.log.event import Event, verify_event
+from allograft.log.proof import verify_proof
+from allograft.log.witness import WitnessState
 from allograft.roster import bundle
 from allograft.roster.client import RosterClient
 from allograft.roster.records import CoordinatorRecord, Roster
