@@ -132,10 +132,10 @@ def status(state: StateOption = None, format: FormatOption = Format.text) -> Non
                 "kind": job.kind,
                 "subject": job.subject,
                 "state": job.state,
-                "progress": dict(job.progress),
+                "progress": requests.describe_progress(job),
+                "details": dict(job.progress),
                 "code": job.code,
                 "cause": job.cause,
-                "words": requests.describe_progress(job),
             }
             for job in jobs
         ],
@@ -218,7 +218,7 @@ def _render_status(value: dict[str, Any]) -> str:
         for entry in value["inbox"]
     ]
     for job in value["jobs"]:
-        words = f"{job['code']}: {job['cause']}" if job["state"] == "failed" else job["words"]
+        words = f"{job['code']}: {job['cause']}" if job["state"] == "failed" else job["progress"]
         lines.append(f"job {job['job']}: {job['kind']} {job['subject'][:12]}: {words}")
     lines += [
         f"waits for you: {entry['packet_id'][:12]} is {entry['state']}: {entry['reason']}"

@@ -298,7 +298,7 @@ def _render_packet(value: dict[str, Any]) -> str:
         lines.append(
             f"trial  gain {trial_figures['gain']:+.3f} "
             f"[{trial_figures['gain_low']:+.3f}, {trial_figures['gain_high']:+.3f}], null "
-            f"{trial_figures['null_gain']:+.3f}, general text "
+            f"{trial_figures['null_gain']:+.3f}, loss on general text "
             f"{trial_figures['retention_change']:+.3f}, dose {trial_figures['dose']:g}"
         )
     for proposal in value["facts"].get("proposals", []):

@@ -27,8 +27,6 @@ from allograft.roster.records import DEFAULT_ROLES, Roster, SiteRecord
 from allograft_client.settings import Home, check_site_name
 from allograft_client.store import Store
 
-REQUEST_NAME = "enrolment.json"
-
 
 @dataclass(frozen=True, slots=True)
 class NewSite:
@@ -81,14 +79,15 @@ def create_site(home: Home, site: str, valid_days: int) -> NewSite:
         not_after=now + timedelta(days=valid_days),
     )
     request = request_site(record, keys)
-    durable_write(home.path(REQUEST_NAME), request, mode=0o644)
+    request_file = home.path(f"{site}.enrol.json")
+    durable_write(request_file, request, mode=0o644)
     example = resources.files("allograft_client").joinpath("data/policy.toml").read_bytes()
     # The example only: a site decides its policy, and until then nothing leaves or attaches.
     durable_write(home.path("policy.toml.example"), example, mode=0o644)
     Store(home.database).close()
     # Last: a site without settings is no site, so an interrupted init can be cleared and repeated.
     durable_write(home.settings_file, _settings_text(site))
-    return NewSite(site, home.root, home.path(REQUEST_NAME), fingerprint(request))
+    return NewSite(site, home.root, request_file, fingerprint(request))
 
 
 def read_invitation(path: Path) -> Invitation:

@@ -20,7 +20,8 @@ def answer(site: Site, row: PacketRow, state: State, code: str = "") -> None:
     trial = fresh.facts.get("trial")
     figures = None
     if trial and state in {"kept", "reverted"} and _shares_figures(site):
-        figures = Figures(trial["gain"], trial["retention_change"], trial["dose"])
+        # Receipts count both figures alike: loss without minus loss with.
+        figures = Figures(trial["gain"], -trial["retention_change"], trial["dose"])
     receipt = Receipt(
         packet_id=row.packet_id,
         dispatch_id=fresh.dispatch_id,

@@ -48,7 +48,7 @@ def try_packet(site: Site, packet_id: str, tell: Progress) -> Mapping[str, Any]:
         "gain": decision.gain.value,
         "gain_low": decision.gain.low,
         "gain_high": decision.gain.high,
-        "retention_change": -decision.retention_change.value,
+        "retention_change": decision.retention_change.value,
         "null_gain": decision.null_gain.value,
         "dose": decision.dose,
         "reason": str(decision.reason),

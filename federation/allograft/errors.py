@@ -149,7 +149,7 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
         ),
         "AG-SIT-008": ErrorCode(
             "the site has not joined a consortium",
-            "Send enrolment.json to the roster's keeper, then run `allograft-site join`.",
+            "Send SITE.enrol.json to the roster's keeper, then run `allograft-site join`.",
         ),
         "AG-SIT-009": ErrorCode(
             "the daemon did not finish a request in time",
