@@ -43,6 +43,20 @@ class Settings(BaseModel):
     private_port: int = Field(ge=1, le=65535)
     reserve_mib: int = Field(default=512, ge=0)
 
+    @classmethod
+    def checked(cls, **fields: object) -> Settings:
+        """Settings from values that a person gave.
+
+        Raises:
+            RejectedError: AG-CRD-001 if one of them is not allowed.
+        """
+        try:
+            return cls.model_validate(fields)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"])
+            raise RejectedError("AG-CRD-001", f"{where}: {first['msg']}") from error
+
     @property
     def address(self) -> str:
         """HOST:PORT for sites."""
@@ -90,6 +104,21 @@ class State:
     def tls(self) -> Path:
         """The private CA and the server certificate."""
         return self.keys / "tls"
+
+    @property
+    def signing_key(self) -> Path:
+        """Signs frames, routes and their events."""
+        return self.keys / "signing.pem"
+
+    @property
+    def log_key(self) -> Path:
+        """Signs the log's checkpoints."""
+        return self.keys / "log.key"
+
+    @property
+    def timestamp_key(self) -> Path:
+        """Says that the roster is still the newest."""
+        return self.keys / "timestamp.key"
 
     @property
     def database(self) -> Path:
@@ -153,13 +182,10 @@ def read_settings(state: State) -> Settings:
     except UnicodeDecodeError as error:
         raise RejectedError("AG-CRD-001", "coordinator.toml is not UTF-8") from error
     try:
-        return Settings.model_validate(tomllib.loads(content))
+        fields = tomllib.loads(content)
     except tomllib.TOMLDecodeError as error:
         raise RejectedError("AG-CRD-001", f"coordinator.toml: {error}") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise RejectedError("AG-CRD-001", f"coordinator.toml: {where}: {first['msg']}") from error
+    return Settings.checked(**fields)
 
 
 def write_settings(state: State, settings: Settings) -> None:

@@ -24,6 +24,7 @@ import structlog
 from allograft.crypto.keys import node_key_pem
 from allograft.crypto.keystore import read_private, write_private
 from allograft.errors import RejectedError, UnavailableError
+from allograft.relay.memory import ENVIRONMENT
 from allograft_server.app_bundle import app_directory, build_bundle
 from allograft_server.flower_private import ControlClient
 from allograft_server.settings import SOCKET_VARIABLE, Settings, State
@@ -250,11 +251,7 @@ class Supervisor:
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
             "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5",
             SOCKET_VARIABLE: str(self.state.socket),
-            # Flower needs no numerics; idle thread pools only cost memory.
+            # Idle thread pools of numeric libraries only cost memory.
             "OMP_NUM_THREADS": "1",
-            "MALLOC_ARENA_MAX": "2",
-            # Give the memory of a part back as soon as the part is gone: left to itself, glibc
-            # learns from the first part to keep tens of megabytes.
-            "MALLOC_MMAP_THRESHOLD_": "131072",
-            "MALLOC_TRIM_THRESHOLD_": "131072",
+            **ENVIRONMENT,
         }

@@ -21,6 +21,7 @@ from allograft.crypto.keys import NodeKey, SigningKey, VerifyKey
 from allograft.crypto.tls import make_authority, make_server_certificate
 from allograft.errors import UnavailableError
 from allograft.relay.item import Item, describe_item
+from allograft.relay.memory import ENVIRONMENT
 from allograft_server.mailbox import Mailbox
 from allograft_server.relay import Relay
 from allograft_server.service import CourierService
@@ -110,6 +111,7 @@ class SiteNode:
             "FLWR_TELEMETRY_ENABLED": "0",
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "OMP_NUM_THREADS": "1",
+            **ENVIRONMENT,
         }
         with (self._directory / f"{name}.log").open("ab") as log:
             self.processes[name] = subprocess.Popen(
@@ -134,9 +136,16 @@ class SiteNode:
 
 
 class FlowerRelay:
-    """The coordinator's relay over real Flower processes, with simulated sites and no roster."""
+    """The coordinator's relay over real Flower processes, with simulated sites and no roster.
 
-    def __init__(self, root: Path, *names: str) -> None:
+    Args:
+        root: A directory for everything.
+        names: The sites.
+        serves_doors: Whether the simulated sites answer in this process.
+    """
+
+    def __init__(self, root: Path, *names: str, serves_doors: bool = True) -> None:
+        self._serves_doors = serves_doors
         self.root = root
         self.state, self.settings = make_state(root / "hub")
         self.key = SigningKey.generate()
@@ -199,7 +208,8 @@ class FlowerRelay:
     def running(self) -> Iterator[FlowerRelay]:
         """Everything, for the length of a block."""
         with contextlib.ExitStack() as stack:
-            for name, site in self.sites.items():
+            doors = self.sites.items() if self._serves_doors else ()
+            for name, site in doors:
                 server = serve_site(site, self.root / f"{name}.sock")
                 stack.callback(lambda server=server: server.stop(0).wait(5))
             stack.enter_context(CourierService(self.state.socket, self.relay))

@@ -6,6 +6,9 @@ It keeps what it receives on disk and every rule can be broken from outside by r
 
 from __future__ import annotations
 
+import argparse
+import os
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -175,3 +178,38 @@ def serve_site(site: SimulatedSite, socket: Path) -> grpc.Server:
     server.add_insecure_port(f"unix:{socket}")
     server.start()
     return server
+
+
+def main() -> None:
+    """Run a simulated site as a process of its own, for benchmarks."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--name", required=True)
+    parser.add_argument("--directory", type=Path, required=True)
+    parser.add_argument("--coordinator", required=True)
+    parser.add_argument("--coordinator-key", type=Path, required=True)
+    parser.add_argument("--key", type=Path, required=True)
+    parser.add_argument("--socket", type=Path, required=True)
+    parser.add_argument("--outbox", type=Path, required=True)
+    options = parser.parse_args()
+    site = SimulatedSite(
+        options.name,
+        options.directory,
+        options.coordinator,
+        VerifyKey(options.coordinator_key.read_text()),
+        SigningKey.from_pem(options.key.read_bytes()),
+    )
+    server = serve_site(site, options.socket)
+    parent = os.getppid()
+    sent: set[Path] = set()
+    while os.getppid() == parent:
+        # A directory that appears in the outbox is sent as it is.
+        for directory in options.outbox.iterdir():
+            if directory not in sent and not directory.name.startswith("."):
+                site.send("dispatch", directory)
+                sent.add(directory)
+        time.sleep(0.2)
+    server.stop(0)
+
+
+if __name__ == "__main__":
+    main()

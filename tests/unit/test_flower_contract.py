@@ -9,6 +9,7 @@ import io
 import zipfile
 
 import flwr
+import flwr.common.constant
 import pytest
 from flwr.cli.build import build_fab_from_disk
 from flwr.cli.config_utils import get_fab_metadata, load_and_validate
@@ -20,6 +21,7 @@ from flwr.superlink.auth_plugin import ControlAuthnPlugin
 from flwr.superlink.config_loader import SuperLinkLifespanConfig
 from flwr.superlink.main import create_app
 
+from allograft.relay.memory import ENVIRONMENT
 from allograft_server import flower_private
 from allograft_server.app_bundle import app_directory, build_bundle
 
@@ -66,6 +68,11 @@ def test_database_settings_are_taken_from_where_we_change_them() -> None:
     assert {"mmap_size", "cache_size"} <= set(names)
     source = inspect.getsource(sql_mixin)
     assert "in SQLITE_PRAGMAS" in source
+
+
+def test_chunks_are_as_small_as_the_environment_says() -> None:
+    (name,) = [name for name in ENVIRONMENT if name.startswith("FLWR_")]
+    assert f'"{name}"' in inspect.getsource(flwr.common.constant)
 
 
 def test_grid_has_the_public_methods_of_our_courier() -> None:

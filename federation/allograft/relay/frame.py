@@ -89,9 +89,7 @@ def peek_sender(frame: SignedFrame) -> str:
     return canonical.as_text(_read_fields(payload)["from"])
 
 
-def verify_frame(
-    frame: SignedFrame, keys: tuple[VerifyKey, ...], me: str, now: datetime
-) -> Header:
+def verify_frame(frame: SignedFrame, keys: tuple[VerifyKey, ...], me: str, now: datetime) -> Header:
     """Verify a frame and return its header.
 
     Args:

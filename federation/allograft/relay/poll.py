@@ -88,9 +88,7 @@ class PollCall:
             stored=tuple(canonical.as_text(entry) for entry in canonical.as_list(fields["stored"])),
             refused=tuple(_read_refusal(entry) for entry in canonical.as_list(fields["refused"])),
             checkpoint=canonical.as_text(fields["checkpoint"]),
-            consistency=tuple(
-                _base64(entry) for entry in canonical.as_list(fields["consistency"])
-            ),
+            consistency=tuple(_base64(entry) for entry in canonical.as_list(fields["consistency"])),
         )
 
 
