@@ -558,7 +558,7 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
         # --- AG-PRV: privacy policy, modes, gates, release and egress ---
         "AG-PRV-001": ErrorCode(
             "there is no policy file, so nothing leaves and nothing attaches",
-            "Write policy.toml in the state directory; client/README.md has a commented example.",
+            "Read policy.toml.example in the state directory, decide, and save it as policy.toml.",
         ),
         "AG-PRV-002": ErrorCode(
             "the policy file is unreadable or malformed, so nothing leaves and nothing attaches",

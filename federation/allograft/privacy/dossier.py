@@ -3,7 +3,7 @@
 
 Both are in-toto statements whose subjects are the payload parts, signed by the donor's site. A
 dossier says under which mode and policy the gates ran and what they found; an approval says that
-one role agreed to exactly this dossier. Roles are named, people never.
+one role agreed to exactly this dossier. Roles are named, people never. See protos/spec/privacy.md.
 """
 
 from __future__ import annotations

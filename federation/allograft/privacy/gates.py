@@ -3,7 +3,8 @@
 
 Invariant: a packet goes on only if every gate says PASS. A gate that refuses says FAIL, a gate
 that cannot judge says INVALID, and a gate that stops in any other way leaves no dossier at all:
-each of the three denies. Results hold figures and counts, never text or values.
+each of the three denies. Results hold figures and counts, never text or values. See
+protos/spec/privacy.md.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 
 Invariant: everything not allowed in the file is forbidden. A missing file, an unknown field or a
 wrong type refuses the whole policy, and an absent section allows nothing. The digest covers the
-file's bytes, so a dossier names exactly the rules it was judged by.
+file's bytes, so a dossier names exactly the rules it was judged by. See protos/spec/privacy.md.
 """
 
 from __future__ import annotations

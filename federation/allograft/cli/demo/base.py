@@ -49,9 +49,9 @@ class WorldOptions:
     data: Path | None = None
     general: Path | None = None
     seed: int = 0
-    base_steps: int = 180
-    descendant_steps: int = 25
-    stranger_steps: int = 150
+    base_steps: int = 160
+    descendant_steps: int = 20
+    stranger_steps: int = 130
     donor_notes: int = 3000
     own_notes: int = 160
     retention_documents: int = 160
