@@ -12,6 +12,7 @@ import numpy as np
 from allograft.crypto import canonical
 from allograft.crypto.keys import SealingKey, SigningKey
 from allograft.errors import RejectedError
+from allograft.log.event import Event
 from allograft.packet import container, oms, tensors
 from allograft.packet.header import HEADER_NAME
 from allograft.provenance import dispatch, intoto, statement, training, verify
@@ -30,17 +31,6 @@ class Keyring:
         if name not in self.keys or role != "site":
             raise RejectedError("AG-SIG-003", f"{name} is not enrolled")
         return (self.keys[name],)
-
-
-@dataclass(frozen=True)
-class Event:
-    """A verified log event."""
-
-    event: str
-    actor: str
-    packet_id: str
-    dispatch_id: str
-    document_sha256: str
 
 
 @dataclass
@@ -173,7 +163,10 @@ class Donor:
     def event(self, verified, **changes):
         """The log event that fits a verified dispatch."""
         d = verified.dispatch
-        event = Event("dispatch", d.donor, d.packet_id, d.dispatch_id, verified.envelope_sha256)
+        event = Event(
+            "dispatch", d.donor, d.packet_id, d.dispatch_id, "", NOW, dispatch.DISPATCH_NAME,
+            verified.envelope_sha256,
+        )  # fmt: skip
         return replace(event, **changes)
 
     def verify_manifest(self, verified, now=NOW, me=RECIPIENT):

@@ -9,6 +9,7 @@ integers that a double cannot hold, deep nesting and lone surrogates.
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable
 from datetime import UTC, datetime
@@ -21,7 +22,7 @@ from allograft.limits import LIMITS
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
-_TIME = re.compile(r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}Z")
+_TIME = re.compile(r"\d{4}-\d{2}-\d{2}T\d{2}:\d{2}:\d{2}Z", re.ASCII)
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _RANDOM_ID = re.compile(r"[0-9a-f]{32}")
 _SITE = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
@@ -53,6 +54,7 @@ def loads(content: bytes, max_bytes: int = LIMITS.json_document_bytes) -> Json:
             object_pairs_hook=_refuse_duplicates,
             parse_constant=_refuse_constant,
             parse_int=_read_integer,
+            parse_float=_read_float,
         )
     except RejectedError:
         raise
@@ -78,6 +80,13 @@ def _read_integer(digits: str) -> int:
     if len(digits) > 20 or abs(int(digits)) > _SAFE_INTEGER:
         raise RejectedError("AG-IN-001", "an integer is beyond 2**53")
     return int(digits)
+
+
+def _read_float(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):
+        raise RejectedError("AG-IN-001", "a number is beyond a double")
+    return value
 
 
 def _check_depth(value: Json, left: int) -> None:

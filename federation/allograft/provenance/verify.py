@@ -16,11 +16,11 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
-from typing import Literal, Protocol
 
 from allograft.crypto import canonical, dsse
 from allograft.crypto.keys import VerifyKey
 from allograft.errors import RejectedError
+from allograft.log.event import Event, Signers
 from allograft.packet import container, oms
 from allograft.packet.header import Header
 from allograft.provenance.dispatch import DISPATCH_TYPE, Dispatch, read_dispatch
@@ -45,43 +45,6 @@ REQUIRED_TYPES = frozenset(
 
 # Clocks of two organisations differ; nothing is dated further ahead than this.
 _CLOCK_SKEW = timedelta(minutes=10)
-
-
-class Signers(Protocol):
-    """The part of a roster that signatures are checked against."""
-
-    def signing_keys(
-        self, name: str, role: Literal["site", "coordinator"], now: datetime
-    ) -> tuple[VerifyKey, ...]:
-        """The keys of a party that is enrolled in this role now.
-
-        Raises:
-            RejectedError: The party is unknown, revoked, expired or of another role.
-        """
-
-
-class LoggedEvent(Protocol):
-    """The part of a verified log event that a dispatch is compared with."""
-
-    @property
-    def event(self) -> str:
-        """What happened, such as `dispatch`."""
-
-    @property
-    def actor(self) -> str:
-        """Who says so."""
-
-    @property
-    def packet_id(self) -> str:
-        """The packet it is about."""
-
-    @property
-    def dispatch_id(self) -> str:
-        """The dispatch it is about."""
-
-    @property
-    def document_sha256(self) -> str:
-        """SHA-256 (hex) of the document's envelope."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,7 +134,7 @@ def verify_dispatch(
     return VerifiedDispatch(dispatch, header, digest)
 
 
-def check_logged(verified: VerifiedDispatch, event: LoggedEvent) -> None:
+def check_logged(verified: VerifiedDispatch, event: Event) -> None:
     """Compare a dispatch with the log event whose signature and proof were verified.
 
     Raises:

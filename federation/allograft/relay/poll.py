@@ -8,8 +8,8 @@ and never an item. See protos/spec/relay.md.
 from __future__ import annotations
 
 import base64
-import binascii
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 from allograft.crypto import canonical
@@ -80,16 +80,23 @@ class PollCall:
         Raises:
             RejectedError: AG-RLY-001 if malformed or over a limit.
         """
-        fields = _read(
-            content, {"v", "announced", "stored", "refused", "checkpoint", "consistency"}
-        )
-        return cls(
-            announced=_read_announcements(fields["announced"]),
-            stored=tuple(canonical.as_text(entry) for entry in canonical.as_list(fields["stored"])),
-            refused=tuple(_read_refusal(entry) for entry in canonical.as_list(fields["refused"])),
-            checkpoint=canonical.as_text(fields["checkpoint"]),
-            consistency=tuple(_base64(entry) for entry in canonical.as_list(fields["consistency"])),
-        )
+        with _poll_errors():
+            fields = _read(
+                content, {"v", "announced", "stored", "refused", "checkpoint", "consistency"}
+            )
+            return cls(
+                announced=_read_announcements(fields["announced"]),
+                stored=tuple(
+                    canonical.as_text(entry) for entry in canonical.as_list(fields["stored"])
+                ),
+                refused=tuple(
+                    _read_refusal(entry) for entry in canonical.as_list(fields["refused"])
+                ),
+                checkpoint=canonical.as_text(fields["checkpoint"]),
+                consistency=tuple(
+                    _base64(entry) for entry in canonical.as_list(fields["consistency"])
+                ),
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,31 +143,40 @@ class PollAnswer:
         Raises:
             RejectedError: AG-RLY-001 if malformed or over a limit.
         """
-        fields = _read(
-            content,
-            {
-                "v", "outbox", "wants", "done", "refused", "roster_version", "witnessed_size",
-                "cosignature",
-            },
-        )  # fmt: skip
-        return cls(
-            outbox=_read_announcements(fields["outbox"]),
-            wants=tuple(_read_want(entry) for entry in canonical.as_list(fields["wants"])),
-            done=tuple(canonical.as_text(entry) for entry in canonical.as_list(fields["done"])),
-            refused=tuple(_read_refusal(entry) for entry in canonical.as_list(fields["refused"])),
-            roster_version=canonical.as_int(fields["roster_version"]),
-            witnessed_size=canonical.as_int(fields["witnessed_size"]),
-            cosignature=canonical.as_text(fields["cosignature"]),
-        )
+        with _poll_errors():
+            fields = _read(
+                content,
+                {
+                    "v", "outbox", "wants", "done", "refused", "roster_version", "witnessed_size",
+                    "cosignature",
+                },
+            )  # fmt: skip
+            return cls(
+                outbox=_read_announcements(fields["outbox"]),
+                wants=tuple(_read_want(entry) for entry in canonical.as_list(fields["wants"])),
+                done=tuple(canonical.as_text(entry) for entry in canonical.as_list(fields["done"])),
+                refused=tuple(
+                    _read_refusal(entry) for entry in canonical.as_list(fields["refused"])
+                ),
+                roster_version=canonical.as_int(fields["roster_version"]),
+                witnessed_size=canonical.as_int(fields["witnessed_size"]),
+                cosignature=canonical.as_text(fields["cosignature"]),
+            )
+
+
+@contextlib.contextmanager
+def _poll_errors() -> Iterator[None]:
+    """Give everything that is wrong inside a body the relay's own code."""
+    try:
+        yield
+    except RejectedError as error:
+        if error.code.startswith("AG-RLY"):
+            raise
+        raise RejectedError("AG-RLY-001", f"poll body: {error.cause}") from error
 
 
 def _read(content: bytes, names: set[str]) -> dict[str, canonical.Json]:
-    if len(content) > LIMITS.poll_bytes:
-        raise RejectedError("AG-RLY-001", f"poll body of {len(content)} bytes")
-    try:
-        fields = canonical.as_object(canonical.loads(content), names)
-    except RejectedError as error:
-        raise RejectedError("AG-RLY-001", f"poll body: {error.cause}") from error
+    fields = canonical.as_object(canonical.loads(content, LIMITS.poll_bytes), names)
     if fields["v"] != 1:
         raise RejectedError("AG-RLY-001", "unknown poll version")
     return fields
@@ -208,5 +224,5 @@ def _read_want(value: canonical.Json) -> Want:
 def _base64(value: canonical.Json) -> bytes:
     try:
         return base64.b64decode(canonical.as_text(value), validate=True)
-    except binascii.Error as error:
+    except ValueError as error:
         raise RejectedError("AG-RLY-001", "inline bytes are not base64") from error
