@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
 
 from allograft.durable import durable_write, storage_errors, sync_directory
@@ -131,6 +131,15 @@ class Mailbox:
         """Delete whole files that no item needs any more."""
         for file in files:
             self.path(file).unlink(missing_ok=True)
+
+    def drop_others(self, is_kept: Callable[[str], bool], uploads: Collection[str]) -> None:
+        """Delete whole files that are not kept, and uploads of other items than these."""
+        for path in self._files.iterdir():
+            if not is_kept(path.name):
+                path.unlink()
+        for path in self._partial.iterdir():
+            if path.name not in uploads:
+                self.drop_partial(path.name)
 
     def has_room(self, size_bytes: int) -> bool:
         """Whether so many bytes fit without touching the reserve."""

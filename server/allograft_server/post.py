@@ -32,7 +32,7 @@ from allograft.routing.receipt import Receipt, verify_receipt
 from allograft.routing.route import Route, sign_route, verify_route
 from allograft.routing.withdrawal import Withdrawal, verify_withdrawal
 from allograft_server.mailbox import Mailbox
-from allograft_server.store import DispatchRow, ItemRow, PacketRow, Store
+from allograft_server.store import DispatchRow, ItemRow, PacketRow, QueuedEntry, Store
 
 PROOF_NAME = "dispatch.proof"
 _DISPATCH_EVENT = "dispatch.event.json"
@@ -123,15 +123,16 @@ class Post:
         Raises:
             UnavailableError: Something is missing now; the item stays and is judged again.
         """
-        with self._lock:
-            try:
-                for file in row.item.files:
-                    self._mailbox.finish_file(row.item_id, file)
+        try:
+            # Without the lock: hashing a large file takes long, and the relay needs the lock.
+            for file in row.item.files:
+                self._mailbox.finish_file(row.item_id, file)
+            with self._lock:
                 self._accept(row)
-            except RejectedError as error:
-                self._store.move_item(row.item_id, ("complete",), "refused", error.code)
-                self._sweep([row.item])
-            self._mailbox.drop_partial(row.item_id)
+        except RejectedError as error:
+            self._store.move_item(row.item_id, ("complete",), "refused", error.code)
+            self._sweep([row.item])
+        self._mailbox.drop_partial(row.item_id)
 
     def _accept(self, row: ItemRow) -> None:
         handlers = {
@@ -163,7 +164,7 @@ class Post:
             raise RejectedError("AG-CRD-008", "another packet was offered under this id")
         with self._store.transaction():
             if known is None:
-                self._queue_entry(entry)
+                self._queue_entry(entry, envelope)
                 route = self._route(offer, envelope)
                 self._store.add_packet(
                     PacketRow(
@@ -190,7 +191,7 @@ class Post:
             raise RejectedError("AG-CRD-008", "another dispatch was made under this id")
         with self._store.transaction():
             if known is None:
-                self._queue_entry(entry, dispatch.dispatch_id)
+                self._queue_entry(entry, envelope, dispatch.dispatch_id)
                 self._store.move_packet(dispatch.packet_id, ("routed",), "dispatched")
                 self._store.add_dispatch(
                     DispatchRow(
@@ -225,7 +226,7 @@ class Post:
         assert packet is not None  # a dispatch is recorded only for a packet that is
         digest = hashlib.sha256(envelope).hexdigest()
         with self._store.transaction():
-            self._queue_entry(entry)
+            self._queue_entry(entry, envelope)
             self._store.add_receipt(
                 digest, receipt.dispatch_id, receipt.site, receipt.state, receipt.code, envelope
             )
@@ -258,7 +259,7 @@ class Post:
         self._check_withdrawable(withdrawal)
         over: list[Item] = [row.item]
         with self._store.transaction():
-            self._queue_entry(entry)
+            self._queue_entry(entry, envelope)
             self._store.move_packet(withdrawal.packet_id, ("routed", "dispatched"), "withdrawn")
             told: set[str] = set()
             for dispatch in self._store.dispatches_of(withdrawal.packet_id):
@@ -325,7 +326,7 @@ class Post:
             document_name="route.json",
             document_sha256=hashlib.sha256(route).hexdigest(),
         )
-        self._queue_entry(sign_event(event, self._key))
+        self._queue_entry(sign_event(event, self._key), route)
         for row in self._store.items_of(offer.packet_id, "route"):
             self._store.move_item(row.item_id, ("waiting",), "void")
         self.send("route", offer.donor, offer.packet_id, {"route.json": route})
@@ -420,6 +421,13 @@ class Post:
                     file for file in item.files if not self._store.is_file_kept(file.sha256)
                 )
 
+    def sweep_all(self) -> None:
+        """Delete files of the mailbox that no item keeps: what a killed process left behind."""
+        with self._lock:
+            receiving = {row.item_id for row in self._store.items_in("receiving")}
+            complete = {row.item_id for row in self._store.items_in("complete")}
+            self._mailbox.drop_others(self._store.is_file_kept, receiving | complete)
+
     # --- reading ---
 
     def _read(self, row: ItemRow, name: str) -> bytes:
@@ -449,8 +457,9 @@ class Post:
             raise RejectedError("AG-CRD-004", f"the event is not about this {kind}")
         return entry
 
-    def _queue_entry(self, entry: bytes, subject: str = "") -> None:
-        self._store.queue_entry(hashlib.sha256(entry).hexdigest(), entry, subject)
+    def _queue_entry(self, entry: bytes, document: bytes, subject: str = "") -> None:
+        digest = hashlib.sha256(document).hexdigest()
+        self._store.queue_entry(QueuedEntry(entry, digest, document), subject)
 
 
 def describe_bytes(name: str, content: bytes) -> ItemFile:

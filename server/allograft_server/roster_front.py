@@ -9,7 +9,6 @@ unknown, revoked and expired sites alike. See protos/spec/roster.md.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,7 +27,7 @@ from allograft.roster.records import Roster
 from allograft.roster.timestamp import is_due, renew_timestamp
 from allograft_server.post import Post
 from allograft_server.settings import State
-from allograft_server.store import Store
+from allograft_server.store import QueuedEntry, Store
 
 _ROSTER = "roster.json"
 _INCOMING = "incoming.json"
@@ -169,7 +168,8 @@ class RosterFront:
             document_sha256=roster.digest,
         )
         entry = sign_event(event, self._keys.signing)
-        self._store.queue_entry(hashlib.sha256(entry).hexdigest(), entry, subject)
+        files = bundle.pack(self._client.files())
+        self._store.queue_entry(QueuedEntry(entry, roster.digest, files), subject)
 
     def _publish(self, roster: Roster) -> None:
         """Queue the roster for every site that is known to have an older one, once."""

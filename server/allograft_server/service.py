@@ -7,12 +7,14 @@ user pass. What comes through is not trusted for that: every answer is verified 
 
 from __future__ import annotations
 
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
 import grpc
 
+from allograft.errors import AllograftError, RejectedError
 from allograft.limits import LIMITS
 from allograft.relay.frame import SignedFrame
 from allograft.wire.v1 import relay_pb2, relay_pb2_grpc
@@ -20,6 +22,7 @@ from allograft_server.relay import OnlineNode, Relay
 
 # One frame with its part; the envelope and the field headers take far less than the rest.
 _MESSAGE_BYTES = LIMITS.part_bytes + LIMITS.poll_bytes
+_SOCKET_PATH_BYTES = 107  # sun_path of Linux, less its final zero
 
 
 class CourierServicer(relay_pb2_grpc.CoordinatorCourierServicer):
@@ -33,6 +36,11 @@ class CourierServicer(relay_pb2_grpc.CoordinatorCourierServicer):
     ) -> relay_pb2.NextReply:
         """Calls to make now."""
         online = [OnlineNode(node.node_id, node.public_key) for node in request.online]
+        try:
+            calls = self._relay.next_calls(online, request.session)
+        except AllograftError as error:
+            # A full disk, say. The courier waits and asks again; no text leaves, only the code.
+            context.abort(grpc.StatusCode.UNAVAILABLE, error.code)
         return relay_pb2.NextReply(
             calls=[
                 relay_pb2.Call(
@@ -41,7 +49,7 @@ class CourierServicer(relay_pb2_grpc.CoordinatorCourierServicer):
                     method=call.header.method,
                     frame=relay_pb2.Frame(envelope=call.frame.envelope, body=call.frame.body),
                 )
-                for call in self._relay.next_calls(online, request.session)
+                for call in calls
             ]
         )
 
@@ -60,6 +68,13 @@ class CourierService:
     """The running server; a context manager."""
 
     def __init__(self, socket: Path, relay: Relay) -> None:
+        """Prepare the server.
+
+        Raises:
+            RejectedError: AG-CRD-001 if the path is too long for a socket.
+        """
+        if len(os.fsencode(socket)) > _SOCKET_PATH_BYTES:
+            raise RejectedError("AG-CRD-001", "the state directory's path is too long for a socket")
         self._socket = socket
         self._server = grpc.server(
             # Two threads: while one answer is stored, the next may arrive.

@@ -9,6 +9,7 @@ it may start from, so making it twice is the same as making it once.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import sqlite3
 import threading
@@ -73,7 +74,7 @@ _MIGRATIONS: tuple[str, ...] = (
     ) STRICT, WITHOUT ROWID;
     CREATE TABLE to_log (
         number INTEGER PRIMARY KEY, sha256 TEXT NOT NULL UNIQUE, entry BLOB NOT NULL,
-        subject TEXT NOT NULL, place INTEGER
+        document_sha256 TEXT NOT NULL, document BLOB NOT NULL, subject TEXT NOT NULL, place INTEGER
     ) STRICT;
     CREATE INDEX to_log_subject ON to_log (subject);
     CREATE TABLE receipt (
@@ -148,10 +149,15 @@ class DeliveryRow:
 
 @dataclass(frozen=True, slots=True)
 class QueuedEntry:
-    """An entry that waits for its place in the log."""
+    """An entry that waits for its place in the log, with the document that it announces.
 
-    number: int
+    Attributes:
+        document_sha256: SHA-256 (hex) of the document; a roster's digest is that of its file set.
+    """
+
     entry: bytes
+    document_sha256: str
+    document: bytes
 
 
 class Store:
@@ -331,6 +337,10 @@ class Store:
         """The newest card of every site, as signed."""
         return tuple(row["envelope"] for row in self._rows("SELECT * FROM card ORDER BY site"))
 
+    def card_sites(self) -> frozenset[str]:
+        """Sites that sent a card."""
+        return frozenset(row["site"] for row in self._rows("SELECT site FROM card"))
+
     # --- packets, dispatches, deliveries ---
 
     def add_packet(self, row: PacketRow) -> None:
@@ -434,25 +444,33 @@ class Store:
 
     # --- entries on their way into the log ---
 
-    def queue_entry(self, sha256: str, entry: bytes, subject: str) -> None:
+    def queue_entry(self, queued: QueuedEntry, subject: str = "") -> None:
         """Queue an entry for the log in the transaction of what it announces."""
         self._run(
-            "INSERT INTO to_log (sha256, entry, subject) VALUES (?, ?, ?) ON CONFLICT DO NOTHING",
-            sha256, entry, subject,
+            "INSERT INTO to_log (sha256, entry, document_sha256, document, subject)"
+            " VALUES (?, ?, ?, ?, ?) ON CONFLICT DO NOTHING",
+            hashlib.sha256(queued.entry).hexdigest(), queued.entry, queued.document_sha256,
+            queued.document, subject,
         )  # fmt: skip
 
     def has_entry(self, subject: str) -> bool:
         """Whether an entry about this subject was queued, ever."""
         return bool(self._rows("SELECT 1 FROM to_log WHERE subject = ? LIMIT 1", subject))
 
-    def queued_entries(self) -> tuple[QueuedEntry, ...]:
-        """Entries that are not known to be in the log, oldest first."""
-        rows = self._rows("SELECT number, entry FROM to_log WHERE place IS NULL ORDER BY number")
-        return tuple(QueuedEntry(row["number"], row["entry"]) for row in rows)
+    def queued_entries(self) -> tuple[tuple[int, QueuedEntry], ...]:
+        """Entries that are not known to be in the log, with their numbers, oldest first."""
+        rows = self._rows(
+            "SELECT number, entry, document_sha256, document FROM to_log WHERE place IS NULL"
+            " ORDER BY number"
+        )
+        return tuple(
+            (row["number"], QueuedEntry(row["entry"], row["document_sha256"], row["document"]))
+            for row in rows
+        )
 
     def place_entry(self, number: int, place: int) -> None:
-        """Record where in the log an entry stands."""
-        self._run("UPDATE to_log SET place = ? WHERE number = ?", place, number)
+        """Record where in the log an entry stands; the log keeps its document from now on."""
+        self._run("UPDATE to_log SET place = ?, document = x'' WHERE number = ?", place, number)
 
     def place_of(self, subject: str) -> int | None:
         """Where in the log the entry about a subject stands, or None while it is queued."""
