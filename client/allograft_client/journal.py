@@ -40,3 +40,16 @@ def configure_journal(stream: TextIO) -> None:
         logger_factory=structlog.PrintLoggerFactory(stream),
         cache_logger_on_first_use=False,
     )
+
+
+def silence_journal() -> None:
+    """Write no log lines: a command tells its person what happened, and scripts read its output."""
+    structlog.configure(
+        processors=[_drop],
+        logger_factory=structlog.ReturnLoggerFactory(),
+        cache_logger_on_first_use=False,
+    )
+
+
+def _drop(_logger: object, _method: str, _event: MutableMapping[str, Any]) -> str:
+    raise structlog.DropEvent

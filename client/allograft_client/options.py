@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from allograft_client.journal import silence_journal
 from allograft_client.settings import Home
 from allograft_client.site import Site, open_site
 
@@ -44,4 +45,5 @@ def open_state(state: Path | None) -> Site:
         UnavailableError: AG-STO-003 if `init` has not run there.
         RejectedError: AG-SIT-008 if the site has not joined.
     """
+    silence_journal()
     return open_site(find_home(state))

@@ -1,0 +1,277 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`allograft-site` as its operator types it."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import tomllib
+
+import pytest
+
+from allograft.durable import lock_directory
+from allograft.errors import UnavailableError
+from allograft.privacy.policy import parse_policy
+from allograft.provenance.lineage import describe_base
+from allograft.provenance.statement import write_base
+from allograft_client import site as site_module
+from allograft_client.daemon import Daemon
+from allograft_client.settings import Home
+from kit.consortium import POLICY, SHAPE, ScriptedRunner, write_model
+from kit.founding import Founded, run_site, run_site_json
+
+
+@pytest.fixture
+def founded(tmp_path):
+    return Founded(tmp_path)
+
+
+@pytest.fixture
+def state(tmp_path, capsys):
+    path = tmp_path / "site"
+    run_site_json(capsys, "init", "--site", "hospital-a", "--state", path)
+    return path
+
+
+@pytest.fixture
+def joined(founded, state, capsys):
+    founded.enrol(state)
+    join(founded, state, capsys)
+    return state
+
+
+def join(founded, state, capsys):
+    return run_site_json(
+        capsys, "join", founded.publish(), "--root-fingerprint", founded.keeper.fingerprint,
+        "--state", state,
+    )  # fmt: skip
+
+
+def refusal(capsys, *arguments) -> tuple[int, str]:
+    status, _, err = run_site(capsys, *arguments, "--format", "json")
+    return status, json.loads(err)["error"]["code"]
+
+
+def test_init_makes_private_keys_and_no_policy(state):
+    for key in (state / "keys").iterdir():
+        assert stat.S_IMODE(key.stat().st_mode) == 0o600
+    assert stat.S_IMODE((state / "keys").stat().st_mode) == 0o700
+    assert not (state / "policy.toml").exists()
+    policy = parse_policy((state / "policy.toml.example").read_bytes())
+    assert policy.receive.automatic_keep is False
+
+
+def test_init_never_replaces_keys(state, capsys):
+    before = (state / "keys" / "signing.pem").read_bytes()
+    assert refusal(capsys, "init", "--site", "other", "--state", state) == (1, "AG-SIT-013")
+    assert (state / "keys" / "signing.pem").read_bytes() == before
+
+
+def test_init_tells_the_fingerprint_that_the_keeper_computes(state, founded):
+    from allograft.roster.enrolment import fingerprint
+
+    content = (state / "hospital-a.enrol.json").read_bytes()
+    assert len(fingerprint(content)) == 49
+
+
+@pytest.mark.parametrize("name", ["Hospital", "../up", "a" * 64, ""])
+def test_refuses_names_that_cannot_stand_in_a_roster(tmp_path, capsys, name):
+    arguments = ("init", "--site", name, "--state", tmp_path / "site")
+    assert refusal(capsys, *arguments) == (1, "AG-SIT-001")
+    assert not (tmp_path / "site" / "site.toml").exists()
+
+
+def test_three_commands_join(founded, state, capsys):
+    founded.enrol(state)
+    membership = join(founded, state, capsys)
+    assert membership["coordinator"] == "consortium"
+    assert membership["sites"] == ["hospital-a"]
+    status = run_site_json(capsys, "status", "--state", state)
+    assert (status["site"], status["daemon"]) == ("hospital-a", "stopped")
+
+
+def test_refuses_an_invitation_with_another_root(founded, state, capsys):
+    founded.enrol(state)
+    arguments = ("join", founded.publish(), "--root-fingerprint", "0" * 64, "--state", state)
+    assert refusal(capsys, *arguments) == (1, "AG-ROS-010")
+    assert not (state / "invitation.json").exists()
+
+
+def test_refuses_to_join_without_a_comparison(founded, state, capsys):
+    founded.enrol(state)
+    assert refusal(capsys, "join", founded.publish(), "--state", state) == (1, "AG-ROS-010")
+
+
+def test_refuses_a_roster_that_does_not_list_this_site(founded, state, tmp_path, capsys):
+    other = tmp_path / "other"
+    run_site_json(capsys, "init", "--site", "hospital-a", "--state", other)
+    founded.enrol(other)
+    fingerprint = founded.keeper.fingerprint
+    arguments = ("join", founded.publish(), "--root-fingerprint", fingerprint, "--state", state)
+    assert refusal(capsys, *arguments) == (1, "AG-ROS-002")
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff\xfe", b'{"v":1}'])
+def test_refuses_files_that_are_no_invitation(state, tmp_path, capsys, content):
+    path = tmp_path / "invitation.json"
+    path.write_bytes(content)
+    arguments = ("join", path, "--root-fingerprint", "0" * 64, "--state", state)
+    assert refusal(capsys, *arguments) == (1, "AG-ROS-014")
+
+
+def test_commands_before_joining_say_what_is_missing(state, capsys):
+    assert refusal(capsys, "status", "--state", state) == (1, "AG-SIT-008")
+    assert refusal(capsys, "packets", "--state", state) == (1, "AG-SIT-008")
+
+
+def test_commands_without_a_state_say_what_is_missing(tmp_path, capsys):
+    assert refusal(capsys, "status", "--state", tmp_path / "none") == (3, "AG-STO-003")
+
+
+@pytest.mark.parametrize("text", [b"site = 3", b"\xff", b"site = [", b'site = "a"\nodd = 1'])
+def test_refuses_malformed_settings(joined, capsys, text):
+    (joined / "site.toml").write_bytes(text)
+    assert refusal(capsys, "status", "--state", joined) == (1, "AG-SIT-001")
+
+
+def test_an_exposed_key_is_refused(joined, capsys):
+    (joined / "keys" / "signing.pem").chmod(0o644)
+    assert refusal(capsys, "status", "--state", joined) == (1, "AG-KEY-004")
+
+
+def test_usage_errors_leave_with_two(capsys):
+    status, _, err = run_site(capsys, "donate")
+    assert status == 2
+    assert "hint:" in err
+
+
+def test_doctor_names_each_finding_with_its_fix(joined, capsys):
+    status, out, _ = run_site(capsys, "doctor", "--state", joined, "--format", "json")
+    findings = {finding["check"]: finding for finding in json.loads(out)["findings"]}
+    assert status == 3
+    assert findings["keys"]["level"] == "ok"
+    assert findings["roster"]["level"] == "ok"
+    assert findings["policy"]["code"] == "AG-PRV-001"
+    # Nobody listens where the roster says the coordinator is.
+    assert findings["coordinator"]["code"] == "AG-SIT-015"
+    assert all(finding["fix"] for finding in findings.values() if finding["level"] != "ok")
+
+
+def test_a_donation_without_a_policy_is_refused_before_anything_runs(joined, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("text")
+    code = refusal(
+        capsys, "donate", "--model", "ward", "--data", tmp_path / "notes.txt", "--domain", "notes",
+        "--declare", "synthetic", "--declared-by", "steward", "--state", joined,
+    )  # fmt: skip
+    assert code == (1, "AG-PRV-001")
+    assert run_site_json(capsys, "packets", "--state", joined)["packets"] == []
+
+
+@pytest.fixture
+def scripted(monkeypatch):
+    """Workers that answer at once; the rest of the command is real."""
+    runner = ScriptedRunner()
+
+    def describe(task):
+        from pathlib import Path
+
+        return {
+            "base": write_base(describe_base(Path(task["model"]))),
+            "shape": SHAPE.to_json(),
+            "parameters": 1,
+            "documents": 60,
+            "retention_documents": 60,
+        }
+
+    runner._describe = describe
+    monkeypatch.setattr(site_module, "Runner", lambda _: runner)
+    return runner
+
+
+def add_model(joined, tmp_path, capsys):
+    model = write_model(tmp_path / "base")
+    for name in ("own.txt", "general.txt"):
+        (tmp_path / name).write_text("text")
+    return run_site_json(
+        capsys, "model", "add", "ward", "--path", model, "--data", tmp_path / "own.txt",
+        "--retention", tmp_path / "general.txt", "--state", joined,
+    )  # fmt: skip
+
+
+def test_commands_do_their_work_when_no_daemon_runs(joined, tmp_path, capsys, scripted):
+    added = add_model(joined, tmp_path, capsys)
+    assert len(added["weights_digest"]) == 64
+    (joined / "policy.toml").write_text(POLICY)
+    (tmp_path / "notes.txt").write_text("text")
+    donated = run_site_json(
+        capsys, "donate", "--model", "ward", "--data", tmp_path / "notes.txt", "--domain", "notes",
+        "--declare", "synthetic", "--declared-by", "steward", "--state", joined,
+    )  # fmt: skip
+    assert donated["state"] == "offered"
+    shown = run_site_json(capsys, "packet", "show", donated["packet_id"][:10], "--state", joined)
+    assert [change["state"] for change in shown["history"]] == ["training", "offered"]
+    models = run_site_json(capsys, "model", "list", "--state", joined)["models"]
+    assert [model["name"] for model in models] == ["ward"]
+
+
+def test_text_output_says_what_leaves_and_what_does_not(joined, tmp_path, capsys, scripted):
+    add_model(joined, tmp_path, capsys)
+    _, out, _ = run_site(capsys, "model", "list", "--state", joined)
+    assert "ward: llama, 3 layers of 32" in out
+    (joined / "policy.toml").write_text(POLICY)
+    (tmp_path / "notes.txt").write_text("text")
+    _, out, _ = run_site(
+        capsys, "donate", "--model", "ward", "--data", tmp_path / "notes.txt", "--domain", "notes",
+        "--declare", "synthetic", "--declared-by", "steward", "--state", joined,
+    )  # fmt: skip
+    assert "Does not leave: the text" in out
+
+
+def test_a_request_waits_for_a_daemon_that_holds_the_state(joined, tmp_path, capsys, scripted):
+    release = lock_directory(joined)
+    model = write_model(tmp_path / "base")
+    (tmp_path / "own.txt").write_text("text")
+    arguments = (
+        "model", "add", "ward", "--path", model, "--data", tmp_path / "own.txt",
+        "--retention", tmp_path / "own.txt", "--timeout", "1", "--state", joined,
+    )  # fmt: skip
+    assert refusal(capsys, *arguments) == (3, "AG-SIT-009")
+    release()
+    status = run_site_json(capsys, "status", "--state", joined)
+    assert [job["state"] for job in status["jobs"]] == ["queued"]
+    assert scripted.tasks == []
+
+
+def test_a_second_daemon_on_the_same_state_is_refused(joined):
+    release = lock_directory(joined)
+    with pytest.raises(UnavailableError, match="AG-STO-002"):
+        Daemon(Home(joined)).run()
+    release()
+
+
+def test_unknown_packets_and_models_are_named(joined, capsys):
+    assert refusal(capsys, "keep", "abcd", "--state", joined) == (1, "AG-SIT-003")
+    assert refusal(capsys, "model", "export", "none", "--out", "x", "--state", joined) == (
+        1,
+        "AG-SIT-003",
+    )
+
+
+def test_help_loads_neither_tensors_nor_flower():
+    script = (
+        "import sys\nfrom allograft_client.main import app\n"
+        "from allograft.cli import shell\nshell.invoke(app, 'allograft-site', ['--help'])\n"
+        "heavy = {'torch', 'transformers', 'peft', 'flwr'} & set(sys.modules)\n"
+        "sys.exit(1 if heavy else 0)\n"
+    )
+    environment = {**os.environ, "COLUMNS": "100"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, env=environment, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"donate" in done.stdout
+
+
+def test_settings_written_by_init_can_be_read(state):
+    assert tomllib.loads((state / "site.toml").read_text())["site"] == "hospital-a"
