@@ -53,8 +53,8 @@ class WorldOptions:
     descendant_steps: int = 20
     stranger_steps: int = 130
     donor_notes: int = 3000
-    own_notes: int = 160
-    retention_documents: int = 160
+    own_notes: int = 130
+    retention_documents: int = 130
     replay: float = 0.25
 
 
