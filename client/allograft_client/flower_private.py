@@ -4,7 +4,7 @@
 It speaks the SuperNode's runtime API as `flower-superexec` and `flwr-clientapp` do together:
 acquire a task, pull its message, push the reply. What it leaves out is the point: the app that
 came with the task is handed to the caller as bytes to be hashed, and is never installed, written
-or imported. tests/integration holds the contract test for the pinned version.
+or imported. tests/unit/test_site_flower_contract.py holds the pinned version to this.
 """
 
 from __future__ import annotations
