@@ -41,6 +41,7 @@ class Donor:
     kind: str = "organ"
     packet_id: str = field(default_factory=lambda: secrets.token_hex(16))
     dispatch_id: str = field(default_factory=lambda: secrets.token_hex(16))
+    now: datetime = NOW
 
     def __post_init__(self):
         self.key = SigningKey.generate()
@@ -70,8 +71,8 @@ class Donor:
             donor=DONOR,
             kind=self.kind,
             recipe="organ 1",
-            created=NOW - timedelta(hours=1),
-            not_after=NOW + timedelta(days=7),
+            created=self.now - timedelta(hours=1),
+            not_after=self.now + timedelta(days=7),
             base=statement.BaseModel(
                 weights_digest="a" * 64,
                 architecture=statement.Architecture("llama", 64, 3, 512),
@@ -87,7 +88,7 @@ class Donor:
             language="de",
             licence=statement.Licence(),
             purpose="care",
-            retention_until=NOW + timedelta(days=365),
+            retention_until=self.now + timedelta(days=365),
             norms={part.name: 1.0 for part in parts},
         )
         return replace(packet, **changes)
@@ -102,8 +103,8 @@ class Donor:
             parameters={"steps": 10},
             base_digest=packet.base.weights_digest,
             data_commitment=training.commit_data("d" * 64, b"s" * 16),
-            started=NOW - timedelta(hours=3),
-            finished=NOW - timedelta(hours=2),
+            started=self.now - timedelta(hours=3),
+            finished=self.now - timedelta(hours=2),
         )
         evaluation = training.Evaluation("PASSED", ("base against base with packet",), ("gain",))
         dossier = intoto.Statement(
@@ -128,7 +129,7 @@ class Donor:
             dispatch_id=self.dispatch_id,
             donor=DONOR,
             kind=self.kind,
-            not_after=NOW + timedelta(days=1),
+            not_after=self.now + timedelta(days=1),
             statement_digest=hashlib.sha256(lines[1]).hexdigest(),
             parts=packet.parts,
             recipients=tuple(self.recipient(name) for name in self.audience),
@@ -138,7 +139,7 @@ class Donor:
             self.payload, container.join_attestations(lines), replace(plan, **changes), self.out
         )
         content = (self.out / HEADER_NAME).read_bytes()
-        envelope = dispatch.sign_dispatch(header, content, self.kind, NOW, self.key)
+        envelope = dispatch.sign_dispatch(header, content, self.kind, self.now, self.key)
         (self.out / dispatch.DISPATCH_NAME).write_bytes(envelope)
         return envelope
 
@@ -154,25 +155,27 @@ class Donor:
         self.seal(packet, self.attest(packet))
         return packet
 
-    def verify_dispatch(self, me=RECIPIENT, now=NOW, **options):
+    def verify_dispatch(self, me=RECIPIENT, now=None, **options):
         """The recipient's first step on what lies on disk."""
         envelope = (self.out / dispatch.DISPATCH_NAME).read_bytes()
         content = (self.out / HEADER_NAME).read_bytes()
-        return verify.verify_dispatch(envelope, content, self.roster, me, now, **options)
+        return verify.verify_dispatch(
+            envelope, content, self.roster, me, now or self.now, **options
+        )
 
     def event(self, verified, **changes):
         """The log event that fits a verified dispatch."""
         d = verified.dispatch
         event = Event(
-            "dispatch", d.donor, d.packet_id, d.dispatch_id, "", NOW, dispatch.DISPATCH_NAME,
+            "dispatch", d.donor, d.packet_id, d.dispatch_id, "", self.now, dispatch.DISPATCH_NAME,
             verified.envelope_sha256,
         )  # fmt: skip
         return replace(event, **changes)
 
-    def verify_manifest(self, verified, now=NOW, me=RECIPIENT):
+    def verify_manifest(self, verified, now=None, me=RECIPIENT):
         """The recipient's second step."""
         opened = container.open_manifest(self.out, verified.header, self.opener(me))
-        return verify.verify_manifest(opened, verified, self.roster, now)
+        return verify.verify_manifest(opened, verified, self.roster, now or self.now)
 
     def receive(self, target: Path):
         """Every step of the recipient."""

@@ -23,6 +23,8 @@ _MODULE = re.compile(r"[A-Za-z0-9_]{1,64}")
 _TOKEN_MODULES = frozenset(
     {"embed_tokens", "lm_head", "wte", "wpe", "embeddings", "word_embeddings", "embed_out"}
 )
+# Families that store their matrices input-first (Conv1D).
+_TRANSPOSED_FAMILIES = frozenset({"gpt2"})
 _MAX_RANK = 512
 _MAX_ALPHA = 4096.0
 _MAX_MODULES = 64
@@ -80,6 +82,11 @@ def check_adapter_settings(settings: AdapterSettings) -> AdapterSettings:
     return settings
 
 
+def is_transposed(family: str) -> bool:
+    """Whether a model family stores its matrices input-first, which PEFT has to be told."""
+    return family in _TRANSPOSED_FAMILIES
+
+
 def render_adapter_config(
     settings: AdapterSettings, base_model: str = "", *, transposed: bool = False
 ) -> bytes:
@@ -88,7 +95,7 @@ def render_adapter_config(
     Args:
         settings: Checked settings.
         base_model: The recipient's own name or path of its base; empty leaves it open.
-        transposed: Whether the base stores its matrices input-first (GPT-2).
+        transposed: As `is_transposed` says for the base.
     """
     document: dict[str, object] = {
         "alpha_pattern": {},
