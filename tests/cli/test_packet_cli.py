@@ -56,9 +56,7 @@ class World:
         sealing = self.donor.sealing.get(name) or SealingKey.generate()
         record = SiteRecord(
             site_id=name,
-            signing_keys=(self.donor.key.public,)
-            if name == DONOR
-            else (SigningKey.generate().public,),
+            signing_keys=(signing.public,),
             sealing_key=sealing.public,
             witness_vkey=witness.vkey,
             node_key=NodeKey.generate().public_openssh,
