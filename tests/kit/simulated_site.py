@@ -54,6 +54,7 @@ class SimulatedSite:
         self.roster_version = 0
         self.witnessed_size = 0
         self.cosignature = ""
+        self.witness: Callable[[PollCall], tuple[int, str]] | None = None
 
     def send(self, kind: str, directory: Path, recipient: str | None = None) -> Item:
         """Put the files of a directory into the outbox as one item."""
@@ -95,6 +96,8 @@ class SimulatedSite:
     def _answer_poll(self, call: PollCall) -> PollAnswer:
         if call.checkpoint:
             self.checkpoints.append(call)
+            if self.witness is not None:
+                self.witnessed_size, self.cosignature = self.witness(call)
         for item_id in call.stored:
             self.stored.add(item_id)
             self.outbox.pop(item_id, None)
