@@ -23,6 +23,7 @@ import structlog
 from allograft.crypto import keystore
 from allograft.durable import durable_write, lock_directory
 from allograft.errors import AllograftError
+from allograft.relay import memory
 from allograft.relay.memory import ENVIRONMENT, return_memory_early
 from allograft_client.card import publish_card
 from allograft_client.exchange import Exchange, Parties
@@ -198,6 +199,7 @@ def flower_environment(home: Path) -> dict[str, str]:
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "PATH": programs + os.pathsep + os.environ.get("PATH", ""),
         "PYTHONUNBUFFERED": "1",
+        **memory.ENVIRONMENT,
     }
 
 
@@ -215,6 +217,7 @@ def serve(home: Home) -> None:
         AllograftError: As `Daemon.run`.
     """
     return_memory_early()
+    memory.return_memory_early()
     configure_journal(sys.stderr)
     daemon = Daemon(home)
 

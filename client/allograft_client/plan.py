@@ -56,7 +56,7 @@ class DonationPlan:
     position: int | None = None
     rank: int = 8
     alpha: float = 16.0
-    max_documents: int = 400
+    max_documents: int = 240
 
     def admitted(self) -> AdmittedMode:
         """The privacy mode with its declaration.

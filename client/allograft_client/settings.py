@@ -33,7 +33,7 @@ class Settings(BaseModel):
     #: "auto" takes CUDA where a driver answers.
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     #: Most documents of each kind that a trial measures; more take longer and change little.
-    trial_documents: int = Field(default=400, ge=120, le=100_000)
+    trial_documents: int = Field(default=240, ge=120, le=100_000)
     #: Free space that incoming packets may not eat into.
     reserve_bytes: int = Field(default=64 << 20, ge=0)
 
