@@ -34,9 +34,10 @@ from allograft_client.settings import Home
 from allograft_client.site import Site, open_site
 from allograft_client.store import Lane, Store
 from allograft_client.supervise import Child, Program
+from allograft_client.trial import queue_ended
 
 _TICK_S = 0.5
-_CARD_S = 5.0
+_UPKEEP_S = 5.0
 _LANES: tuple[Lane, ...] = ("light", "heavy")
 
 
@@ -110,16 +111,18 @@ class Daemon:
             # Children are started by this thread, because the kernel ends them with it.
             for child in children:
                 child.tend()
-            if ticks % round(_CARD_S / _TICK_S) == 0:
-                self._publish_card(site)
+            if ticks % round(_UPKEEP_S / _TICK_S) == 0:
+                self._keep_up(site)
             ticks += 1
             self._stopped.wait(_TICK_S)
 
-    def _publish_card(self, site: Site) -> None:
+    def _keep_up(self, site: Site) -> None:
+        """What follows from files and from time: a new card, the end of a packet's retention."""
         try:
+            queue_ended(site)
             publish_card(site)
         except AllograftError as error:
-            self._log.warning("card-not-sent", code=error.code, cause=error.cause)
+            self._log.warning("upkeep-failed", code=error.code, cause=error.cause)
 
     def _exchange(self, site: Site) -> Exchange:
         return Exchange(

@@ -24,8 +24,7 @@ from typing import Literal
 from allograft.crypto import keystore
 from allograft.durable import lock_directory
 from allograft.errors import CODES, AllograftError, RejectedError, UnavailableError
-from allograft_client.service import SOCKET_PATH_BYTES
-from allograft_client.settings import Home
+from allograft_client.settings import SOCKET_PATH_BYTES, Home
 from allograft_client.store import Store
 from allograft_client.trust import Trust
 

@@ -250,16 +250,3 @@ HANDLERS: Mapping[str, Handler] = {
     "revert": _revert,
     "export": _export,
 }
-
-#: Which lane each request of the command line belongs to.
-LANES: Mapping[str, Lane] = {
-    "approve": "light",
-    "dispatch": "light",
-    "withdraw": "light",
-    "keep": "light",
-    "add-model": "heavy",
-    "donate": "heavy",
-    "trial": "heavy",
-    "revert": "heavy",
-    "export": "heavy",
-}

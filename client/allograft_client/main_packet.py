@@ -10,8 +10,6 @@ import typer
 
 from allograft.cli.shell import Format, FormatOption, emit
 from allograft_client import requests
-from allograft_client.dispatcher import queue_dispatch
-from allograft_client.donor import plan_donation
 from allograft_client.main_model import finish
 from allograft_client.options import StateOption, TimeoutOption, WaitOption, open_state
 from allograft_client.plan import DonationPlan
@@ -67,6 +65,8 @@ def donate(
     format: FormatOption = Format.text,
 ) -> None:
     """Train a packet on this site's text, gate it, and prepare its evidence."""
+    from allograft_client.donor import plan_donation
+
     site = open_state(state)
     plan = DonationPlan(
         model=model,
@@ -125,6 +125,8 @@ def dispatch(
     format: FormatOption = Format.text,
 ) -> None:
     """Seal a packet for named sites and let it leave."""
+    from allograft_client.dispatcher import queue_dispatch
+
     site = open_state(state)
     packet_id = site.store.packet(packet).packet_id
     number = queue_dispatch(site, packet_id, sorted(set(to)))

@@ -280,6 +280,9 @@ def _settle_verified(
         site.store.add_packet_facts(packet_id, **facts)
         if automatic:
             site.store.add_job("heavy", "trial", packet_id)
+    if not automatic:
+        # A trial opens it again; until somebody asks for one, no plain payload lies around.
+        shutil.rmtree(site.packet_path(packet_id, "opened"), ignore_errors=True)
 
 
 def _store_sealed(site: Site, arrival: _Arrival, packet_id: str) -> None:

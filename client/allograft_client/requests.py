@@ -17,13 +17,26 @@ from rich.console import Console
 
 from allograft.durable import lock_directory
 from allograft.errors import RejectedError, UnavailableError
-from allograft_client.jobs import LANES, run_job
 from allograft_client.rows import JobRow
 from allograft_client.site import Site
+from allograft_client.store import Lane
 
 _POLL_S = 0.2
 
 Show = Callable[[JobRow], None]
+
+#: Which lane each request belongs to.
+LANES: Mapping[str, Lane] = {
+    "approve": "light",
+    "dispatch": "light",
+    "withdraw": "light",
+    "keep": "light",
+    "add-model": "heavy",
+    "donate": "heavy",
+    "trial": "heavy",
+    "revert": "heavy",
+    "export": "heavy",
+}
 
 
 def request(site: Site, kind: str, subject: str, arguments: Mapping[str, Any] | None = None) -> int:
@@ -59,6 +72,8 @@ def _work_here(site: Site, wanted: JobRow) -> bool:
         release = lock_directory(site.home.root)
     except UnavailableError:
         return False  # a daemon is at work
+    from allograft_client.jobs import run_job  # Loads what only the work itself needs.
+
     try:
         site.store.requeue_jobs()
         job = site.store.next_job(LANES[wanted.kind])

@@ -27,11 +27,11 @@ from allograft.limits import LIMITS
 from allograft.relay.frame import SignedFrame
 from allograft.wire.v1 import relay_pb2, relay_pb2_grpc
 from allograft_client.exchange import Exchange
+from allograft_client.settings import SOCKET_PATH_BYTES
 
 #: A frame is one part and its signed header.
 MESSAGE_BYTES = LIMITS.part_bytes + (1 << 20)
 
-SOCKET_PATH_BYTES = 100  # Linux takes 107 and a NUL; leave room for the kernel's own naming
 _CONNECTIONS = 8
 _BLOCK_BYTES = 1 << 18
 _CREDENTIALS = struct.Struct("3i")  # struct ucred: pid, uid, gid

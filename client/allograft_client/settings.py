@@ -17,6 +17,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from allograft.errors import RejectedError, UnavailableError
 from allograft.limits import LIMITS
 
+#: Linux takes 107 bytes and a NUL for a socket's path; the rest is room for the kernel's naming.
+SOCKET_PATH_BYTES = 100
+
 _SITE = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
 

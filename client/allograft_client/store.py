@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sqlite3
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -113,6 +114,8 @@ class Store:
         """
         self._path = path
         self._local = threading.local()
+        # SQLite gives its journal files the mode of the database.
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
         self._migrate()
 
     # --- connections ---
@@ -434,6 +437,16 @@ class Store:
         if not rows:
             raise RejectedError("AG-SIT-003", f"no job number {number}")
         return _job(rows[0])
+
+    def has_open_job(self, kind: str, subject: str) -> bool:
+        """Whether a job of this kind waits or runs for a subject."""
+        return bool(
+            self._rows(
+                "SELECT 1 FROM job WHERE kind = ? AND subject = ?"
+                " AND state IN ('queued', 'running')",
+                kind, subject,
+            )
+        )  # fmt: skip
 
     def jobs(self, limit: int = 50) -> tuple[JobRow, ...]:
         """The newest jobs, oldest of them first."""

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Mapping
 from typing import Any
 
+from allograft.crypto import canonical
 from allograft.errors import RejectedError
 from allograft.evaluate.gate import Outcome
 from allograft.evaluate.report import TrialReport
@@ -157,6 +158,18 @@ def revert_packet(site: Site, packet_id: str, tell: Progress) -> Mapping[str, An
         answer(site, row, "reverted")
     shutil.rmtree(attachment, ignore_errors=True)
     return {"bit_exact": result["bit_exact"], "state_digest": result["state_digest"]}
+
+
+def queue_ended(site: Site) -> int:
+    """Queue the removal of kept packets whose donor's retention time is over; how many."""
+    now, queued = canonical.format_time(site.now()), 0
+    for row in site.store.packets():
+        # Times of this form compare as text.
+        is_over = row.state == "kept" and str(row.facts["retention_until"]) <= now
+        if is_over and not site.store.has_open_job("revert", row.packet_id):
+            site.store.add_job("heavy", "revert", row.packet_id)
+            queued += 1
+    return queued
 
 
 def recall_packet(site: Site, packet_id: str) -> None:

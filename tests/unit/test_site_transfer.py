@@ -8,7 +8,7 @@ import pytest
 
 from allograft.errors import RejectedError, UnavailableError
 from allograft.evaluate.gate import Outcome
-from allograft_client import dispatcher, donor
+from allograft_client import dispatcher, donor, trial
 from kit.consortium import POLICY, Consortium, write_model
 
 A, B, C = "hospital-a", "hospital-b", "bank-c"
@@ -423,6 +423,33 @@ def test_figures_leave_only_where_the_policy_shares_them(tmp_path):
 
         assert (b"figures" in base64.b64decode(payload)) is expected
         two.close()
+
+
+def test_a_packet_is_taken_out_when_its_retention_ends(two, monkeypatch):
+    packet_id = donate(two, retention_days=40)
+    send(two, packet_id)
+    site = two[B].site
+    assert trial.queue_ended(site) == 0
+    later = (datetime.now(UTC) + timedelta(days=41)).replace(microsecond=0)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(site), "now", lambda self: later)
+        assert trial.queue_ended(site) == 1
+        assert trial.queue_ended(site) == 0
+    two.step()
+    assert state(two, B, packet_id) == ("reverted", "")
+
+
+def test_no_plain_payload_waits_for_a_trial_that_nobody_asked_for(tmp_path):
+    policy = POLICY.replace("automatic_trial = true", "automatic_trial = false")
+    two = Consortium(tmp_path, hospital_b=policy)
+    packet_id = donate(two)
+    send(two, packet_id)
+    assert state(two, B, packet_id)[0] == "verified"
+    assert not two[B].site.packet_path(packet_id, "opened").exists()
+    two[B].site.store.add_job("heavy", "trial", packet_id)
+    two.step()
+    assert state(two, B, packet_id)[0] == "kept"
+    two.close()
 
 
 def test_a_withdrawal_detaches_and_deletes(two):
