@@ -62,7 +62,9 @@ def test_reads_json(content, value):
     assert value is None or found == value
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 2**53, {1: 2}, b"x", "\ud800"])
+@pytest.mark.parametrize(
+    "value", [float("nan"), float("inf"), 2**53, [{"a": 2.0**53}], -1e20, {1: 2}, b"x", "\ud800"]
+)
 def test_never_writes_what_it_would_not_read(value):
     with pytest.raises(ValueError, match=r".*"):
         canonical.dumps(value)

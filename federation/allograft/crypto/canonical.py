@@ -35,8 +35,20 @@ def dumps(value: Any) -> bytes:
     Raises:
         ValueError: The value cannot be written (a bug of the caller, not of a peer).
     """
+    _check_written(value)
     content: bytes = rfc8785.dumps(value)
     return content
+
+
+def _check_written(value: Any) -> None:
+    """Refuse floats that RFC 8785 writes as integers too large for `loads`."""
+    if isinstance(value, float) and _SAFE_INTEGER < abs(value) < 1e21:
+        raise ValueError("a number between 2**53 and 1e21 would read as an unsafe integer")
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for entry in value:
+            _check_written(entry)
 
 
 def loads(content: bytes, max_bytes: int = LIMITS.json_document_bytes) -> Json:
