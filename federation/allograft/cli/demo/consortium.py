@@ -34,7 +34,7 @@ modes = ["open"]
 automatic_trial = true
 automatic_keep = true
 min_gain = 0.0
-max_retention_loss = 0.2
+max_retention_loss = 0.1
 licence = []
 
 [receipt]
@@ -116,6 +116,7 @@ class Consortium:
         self.coordinator_state = directory / "coordinator"
         self.published = directory / "published"
         self._roster = directory / "roster"
+        self._root_fingerprint = ""
         self.sites = {name: SiteHome(name, directory / "sites" / name, self) for name in names}
 
     def found(self, note: Callable[[str, float], None]) -> None:
@@ -161,9 +162,9 @@ class Consortium:
         return enrol
 
     def _publish(self) -> None:
-        run_json(
-            ["allograft", "roster", "publish", str(self._roster), "--out", str(self.published)]
-        )
+        out = str(self.published)
+        published = run_json(["allograft", "roster", "publish", str(self._roster), "--out", out])
+        self._root_fingerprint = canonical.as_text(published["root_fingerprint"])
 
     def _start_coordinator(self) -> None:
         self._coordinator("import-roster", str(self.published))
@@ -172,7 +173,8 @@ class Consortium:
 
     def _joining(self, site: SiteHome) -> Callable[[], None]:
         def join() -> None:
-            site.command("join", str(self.published / "invitation.json"))
+            invitation = str(self.published / "invitation.json")
+            site.command("join", invitation, "--root-fingerprint", self._root_fingerprint)
             self.daemons.start(site.name, ["allograft-site", "serve", "--state", str(site.state)])
 
         return join

@@ -41,7 +41,7 @@ ROLES = {
 }
 T = TypeVar("T")
 
-_WAIT_S = 300.0
+_STILL_S = 180.0
 _LOOK_S = 1.5  # each look is a command of its own, and the machine has work to do
 _FINAL = {"kept", "reverted", "refused", "quarantined"}
 
@@ -178,13 +178,13 @@ def _outcome(row: Mapping[str, Any]) -> SiteOutcome:
 def _attack(directory: Path, consortium: Consortium, packet_id: str, stages: Stages) -> Tampered:
     """Deliver a copy with one flipped bit to a site that keeps the packet's original."""
     site = consortium.sites[RELATIVE]
-    with stages.stage("A hostile coordinator delivers a copy with one flipped bit"):
+    with stages.stage("A hostile coordinator delivers a copy with one flipped bit") as stage:
         copy = directory / "tampered"
         tamper(site.sealed_packet(packet_id), copy)
         key = read_signing_key(consortium.coordinator_state / "keys" / "signing.pem")
         hostile = HostileCoordinator(consortium.coordinator_id, key)
         hostile.deliver(copy, site.name, site.socket)
-        found = _await(consortium, lambda: site.extras(packet_id))
+        found = _await(consortium, lambda: ("arriving", site.extras(packet_id) or None), stage.note)
     state, code, reason = (str(found[0][name]) for name in ("state", "code", "reason"))
     if state != "quarantined" or code == "AG-SIT-010":
         raise RejectedError("AG-DEM-004", f"the tampered copy ended {state} with {code}")
@@ -229,7 +229,7 @@ def _revert(
         return Revert(bit_exact=False)
     with stages.stage(f"{SAME} takes the kept packet out again") as stage:
         stage.note("comparing every weight and logit")
-        answer = consortium.sites[SAME].command("revert", packet_id, timeout_s=_WAIT_S)
+        answer = consortium.sites[SAME].command("revert", packet_id, timeout_s=600.0)
     return Revert(bit_exact=answer.get("bit_exact") is True)
 
 
@@ -265,20 +265,18 @@ def _await_state(
 ) -> Mapping[str, Any]:
     """Wait until a packet is in one of some states at a site."""
 
-    def look() -> Mapping[str, Any] | None:
+    def look() -> tuple[str, Mapping[str, Any] | None]:
         row = site.find_packet(packet_id)
         if row is None:
-            note(f"{site.name}: on its way")
-            return None
-        note(f"{site.name}: {site.progress() or row['state']}")
+            return f"{site.name}: on its way", None
         if row["state"] in states:
-            return row
+            return str(row["state"]), row
         if row["state"] in {"failed", "refused"}:
             cause = f"{site.name}: {row['state']}, {row['code']} {row['reason']}"
             raise RejectedError("AG-DEM-001", cause)
-        return None
+        return f"{site.name}: {site.progress() or row['state']}", None
 
-    return _await(consortium, look)
+    return _await(consortium, look, note)
 
 
 def _await_receipts(
@@ -286,21 +284,33 @@ def _await_receipts(
 ) -> Mapping[str, Any]:
     donor = consortium.sites[DONOR]
 
-    def look() -> Mapping[str, Any] | None:
+    def look() -> tuple[str, Mapping[str, Any] | None]:
         row = donor.packet(packet_id)
         missing = sites - {str(receipt["site"]) for receipt in row["receipts"]}
-        note(f"{DONOR}: waits for receipts of {', '.join(sorted(missing))}")
-        return None if missing else row
+        words = f"{DONOR}: waits for receipts of {', '.join(sorted(missing))}"
+        return words, None if missing else row
 
-    return _await(consortium, look)
+    return _await(consortium, look, note)
 
 
-def _await(consortium: Consortium, look: Callable[[], T | None]) -> T:
-    """Call `look` until it finds something, while every daemon is alive."""
-    deadline_s = time.monotonic() + _WAIT_S
-    while time.monotonic() < deadline_s:
+def _await(
+    consortium: Consortium, look: Callable[[], tuple[str, T | None]], note: Callable[[str], None]
+) -> T:
+    """Call `look` until it finds something, while every daemon is alive and things move.
+
+    There is no limit on the whole: a slow machine is not a failure. What fails is standing still.
+
+    Raises:
+        UnavailableError: AG-DEM-002 if nothing changed for `_STILL_S`, AG-DEM-003 if a daemon died.
+    """
+    last, since_s = "", time.monotonic()
+    while time.monotonic() - since_s < _STILL_S:
         consortium.daemons.check()
-        if found := look():
+        words, found = look()
+        if found:
             return found
+        if words != last:
+            last, since_s = words, time.monotonic()
+            note(words)
         time.sleep(_LOOK_S)
-    raise UnavailableError("AG-DEM-002", f"nothing happened for {_WAIT_S:.0f} s")
+    raise UnavailableError("AG-DEM-002", f"nothing moved for {_STILL_S:.0f} s; last: {last}")
