@@ -105,7 +105,7 @@ class LogReader:
             RejectedError: AG-LOG-002 if there is no such entry or size.
         """
         self._check_size(size)
-        return merkle.inclusion_proof(index, size, self._node)
+        return merkle.inclusion_proof(index, size, self.node)
 
     def consistency(self, old: int, new: int) -> list[bytes]:
         """The consistency proof between two sizes; empty from nothing or to the same size.
@@ -116,7 +116,7 @@ class LogReader:
         self._check_size(new)
         if old in {0, new}:
             return []
-        return merkle.consistency_proof(old, new, self._node)
+        return merkle.consistency_proof(old, new, self.node)
 
     def root(self, size: int) -> bytes:
         """The root of the tree of a size.
@@ -125,7 +125,7 @@ class LogReader:
             RejectedError: AG-LOG-002 if the log is not that large.
         """
         self._check_size(size)
-        return merkle.root(size, self._node)
+        return merkle.root(size, self.node)
 
     def witnessed(self, policy: WitnessPolicy) -> Note:
         """The newest checkpoint that enough witnesses cosigned, with their cosignatures.
@@ -173,7 +173,12 @@ class LogReader:
         if not 0 <= size <= self.size:
             raise RejectedError("AG-LOG-002", f"the log does not have {size} entries yet")
 
-    def _node(self, level: int, number: int) -> bytes:
+    def node(self, level: int, number: int) -> bytes:
+        """The hash of a complete subtree.
+
+        Raises:
+            RejectedError: AG-LOG-012 if it is not there.
+        """
         row = self._maybe("SELECT hash FROM node WHERE level = ? AND number = ?", level, number)
         if row is None:
             raise RejectedError("AG-LOG-012", "a node of the tree is missing")
@@ -328,7 +333,7 @@ class LogStore(LogReader):
             return known
         number, leaf = self.size, merkle.leaf_hash(entry)
         self._db.execute("INSERT INTO entry VALUES (?, ?, ?)", (number, entry, leaf))
-        nodes = merkle.grow(number, leaf, self._node)
+        nodes = merkle.grow(number, leaf, self.node)
         self._db.executemany("INSERT INTO node VALUES (?, ?, ?)", list(nodes))
         return number
 
@@ -345,7 +350,7 @@ class LogStore(LogReader):
         row = self._maybe("SELECT note FROM checkpoint WHERE size = ?", size)
         if row is not None:
             return str(row[0])
-        checkpoint = Checkpoint(self.origin, size, merkle.root(size, self._node))
+        checkpoint = Checkpoint(self.origin, size, merkle.root(size, self.node))
         note = sign_checkpoint(checkpoint, self._key).to_text()
         self._db.execute("INSERT INTO checkpoint VALUES (?, ?)", (size, note))
         return note

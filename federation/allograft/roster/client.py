@@ -109,7 +109,7 @@ class RosterClient:
         # otherwise bring back keys that it revoked.
         roots = {name: c for name, c in previous.items() if name.endswith(".root.json")}
         merged = {**files, **roots}
-        roster = self._verify(merged, previous, now)
+        roster = verify_bundle(self._anchor(), merged, now, previous)
         durable_write(self._path, bundle.pack(merged), mode=0o644)
         self._current = roster
         return roster
@@ -135,7 +135,7 @@ class RosterClient:
         """
         if self._current is None:
             files = self.files()
-            self._current = self._verify(files, {}, _last_moment(files))
+            self._current = verify_bundle(self._anchor(), files, last_moment(files))
         return self._current
 
     def files(self) -> dict[str, bytes]:
@@ -158,21 +158,33 @@ class RosterClient:
             raise RejectedError("AG-ROS-009", "no root is trusted here yet")
         return anchor.read_bytes()
 
-    def _verify(self, files: bundle.Files, previous: bundle.Files, now: datetime) -> Roster:
-        anchor = self._anchor()
-        for name, content in files.items():
-            if name.endswith(".root.json"):
-                _check_root(content)
-        with storage_errors("a scratch copy of the roster"), TemporaryDirectory() as scratch:
-            trusted = Path(scratch)
-            if previous:
-                # What TUF compares versions with.
-                (trusted / "timestamp.json").write_bytes(bundle.timestamp(previous))
-                for kind in ("snapshot", "targets"):
-                    content = bundle.newest(previous, kind)[1]
-                    (trusted / f"{kind}.json").write_bytes(content)
-            _run_updater(trusted, anchor, files, now)
-            return _read_verified(trusted, files)
+
+def verify_bundle(
+    anchor: bytes, files: bundle.Files, now: datetime, previous: bundle.Files | None = None
+) -> Roster:
+    """Verify a bundle without remembering it; auditors verify rosters of the past with this.
+
+    Args:
+        anchor: The root that everything must lead back to.
+        files: The bundle.
+        now: The time at which it must be valid.
+        previous: The bundle that was trusted before; an older one is then refused.
+
+    Raises:
+        RejectedError: As `RosterClient.refresh`.
+    """
+    for name, content in files.items():
+        if name.endswith(".root.json"):
+            _check_root(content)
+    with storage_errors("a scratch copy of the roster"), TemporaryDirectory() as scratch:
+        trusted = Path(scratch)
+        if previous:
+            # What TUF compares versions with.
+            (trusted / "timestamp.json").write_bytes(bundle.timestamp(previous))
+            for kind in ("snapshot", "targets"):
+                (trusted / f"{kind}.json").write_bytes(bundle.newest(previous, kind)[1])
+        _run_updater(trusted, anchor, files, now)
+        return _read_verified(trusted, files)
 
 
 def _run_updater(trusted: Path, anchor: bytes, files: bundle.Files, now: datetime) -> None:
@@ -313,8 +325,12 @@ def _check_name(expected: str, found: str) -> None:
         raise RejectedError("AG-ROS-008", "a record is filed under another name")
 
 
-def _last_moment(files: bundle.Files) -> datetime:
-    """The last second at which a bundle that was verified before is valid."""
+def last_moment(files: bundle.Files) -> datetime:
+    """The last second at which a bundle is valid, if it ever was.
+
+    Raises:
+        RejectedError: AG-ROS-008 if it is incomplete, AG-IN-* if malformed.
+    """
     contents = (
         bundle.newest(files, "root")[1],
         bundle.timestamp(files),
