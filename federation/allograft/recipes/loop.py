@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -46,6 +47,7 @@ def train(
     windows: Windows,
     plan: LoopPlan,
     *,
+    hasten: Mapping[str, float] | None = None,
     snapshot: Path | None = None,
     progress: Callable[[Step], None] | None = None,
 ) -> Training:
@@ -56,6 +58,7 @@ def train(
         parameters: All that may change; nothing else receives an update.
         windows: The training text.
         plan: Steps, rates, seed.
+        hasten: Factors on the learning rate of some parameters.
         snapshot: Where to keep resumable state; loaded first if it exists.
         progress: Called after every step.
 
@@ -68,15 +71,9 @@ def train(
         raise RejectedError("AG-RCP-030", "there is nothing to train on")
     values = list(parameters.values())
     device = values[0].device
-    # Only matrices decay: pulling a norm's gain towards zero is no regularisation, and on Gemma it
-    # would open a silenced block by itself.
-    matrices, vectors = [v for v in values if v.ndim > 1], [v for v in values if v.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": plan.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.99))
-    identity = {"plan": asdict(plan), "data": windows.digest(), "names": [*parameters]}
+    optimizer = torch.optim.AdamW(_groups(parameters, plan, hasten or {}), betas=(0.9, 0.99))
+    names = {name: (hasten or {}).get(name, 1.0) for name in parameters}
+    identity = {"plan": asdict(plan), "data": windows.digest(), "names": names}
     run = hashlib.sha256(canonical.dumps(identity)).hexdigest()
     losses: list[float] = []
     if snapshot is not None and snapshot.exists():
@@ -84,7 +81,7 @@ def train(
     first, began, saved = len(losses), time.monotonic(), time.monotonic()
     for step in range(first, plan.steps):
         for group in optimizer.param_groups:
-            group["lr"] = plan.rate(step)
+            group["lr"] = plan.rate(step) * group["factor"]
         numbers = _draw(step, plan, len(windows))
         targets = int((windows.lengths[numbers] - 1).sum())
         total = 0.0
@@ -119,6 +116,24 @@ def token_losses(logits: torch.Tensor, tokens: torch.Tensor, lengths: torch.Tens
     flat = logits[:, :-1].float().flatten(0, 1)
     losses = functional.cross_entropy(flat, labels.flatten(), reduction="none", ignore_index=-100)
     return losses.view_as(labels)
+
+
+def _groups(
+    parameters: Mapping[str, torch.nn.Parameter], plan: LoopPlan, hasten: Mapping[str, float]
+) -> list[dict[str, Any]]:
+    """Parameters by rate and decay.
+
+    Only matrices decay: pulling a norm's gain towards zero is no regularisation, and on Gemma it
+    would open a silenced block by itself.
+    """
+    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    for name, value in parameters.items():
+        decay = plan.weight_decay if value.ndim > 1 else 0.0
+        groups.setdefault((decay, hasten.get(name, 1.0)), []).append(value)
+    return [
+        {"params": values, "weight_decay": decay, "factor": factor}
+        for (decay, factor), values in groups.items()
+    ]
 
 
 def _draw(step: int, plan: LoopPlan, count: int) -> torch.Tensor:

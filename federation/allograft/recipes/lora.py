@@ -232,7 +232,8 @@ def _adapted(
     )
     learning = [(value, value.requires_grad) for value in model.parameters()]
     modes = [(module, module.training) for module in model.modules()]
-    with torch.random.fork_rng():
+    device = next(model.parameters()).device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(plan.seed)
         # The tuner alone, without PeftModel's wrapper: what we need is the adapted modules.
         tuner: Any = peft.LoraModel(model, settings, "default")

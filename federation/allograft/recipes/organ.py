@@ -45,6 +45,8 @@ from allograft.recipes.prefix import CacheBudget, choose_prefix, replayed_prefix
 
 PAYLOAD = "organ.safetensors"
 
+_GAIN_FACTOR = 10.0
+
 _TRAINING_OWNER = "training"
 
 
@@ -231,6 +233,7 @@ def _train_organ(
             parameters,
             donor.windows,
             plan,
+            hasten=_hastened(donor.model, organ),
             snapshot=snapshot,
             progress=donor.progress,
         )
@@ -241,6 +244,23 @@ def _train_organ(
         "seconds": round(training.seconds, 3),
         "resumed_at": training.resumed_at,
         "prefix": asdict(choice),
+    }
+
+
+def _hastened(model: PreTrainedModel, organ: list[nn.Module]) -> dict[str, float]:
+    """Faster rates for gains that begin at zero and have to grow to the order of one.
+
+    A projection's entries only have to reach their usual few hundredths. At one rate for all, a
+    silenced Gemma block needed five times the steps of a Llama block to the same gain (measured
+    on random four-block models).
+    """
+    family = surgery.find_family(model.config)
+    if not family.gain_offset:
+        return {}
+    return {
+        f"{number}.{name}": _GAIN_FACTOR
+        for number, block in enumerate(organ)
+        for name in surgery.dosed_names(family, block)
     }
 
 
