@@ -78,6 +78,21 @@ def export_log(log: LogReader, out: Path) -> Exported:
     return Exported(log.origin, size, log.size - size, len(rosters), len(documents))
 
 
+def is_witnessed(log: LogReader) -> bool:
+    """Whether enough witnesses have seen every entry.
+
+    Raises:
+        RejectedError: AG-LOG-016 if the log announces no roster.
+    """
+    try:
+        note = log.witnessed(newest_roster(log).witness_policy())
+    except RejectedError as error:
+        if error.code != "AG-LOG-017":
+            raise
+        return False
+    return Checkpoint.from_text(note.text).size == log.size
+
+
 def newest_roster(log: LogReader) -> Roster:
     """The roster that the log announced last, verified back to the root it carries.
 

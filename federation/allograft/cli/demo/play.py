@@ -238,7 +238,12 @@ def _audit(directory: Path, consortium: Consortium, stages: Stages) -> Audit:
         stage.note("waiting until the last receipt is witnessed")
         export = directory / "audit"
         state = str(consortium.coordinator_state)
-        run_json(["allograft", "audit", "export", "--state", state, "--out", str(export)])
+        run_json(
+            [
+                "allograft", "audit", "export", "--state", state, "--out", str(export),
+                "--wait-s", "60",
+            ]
+        )  # fmt: skip
         outcome = run_json(["allograft", "audit", "verify", str(export)])
     entries, witnesses = outcome["entries"], outcome["witnesses"]
     assert isinstance(entries, int)
