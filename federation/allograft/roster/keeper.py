@@ -329,12 +329,15 @@ class Keeper:
 def write_published(published: Published, out: Path) -> None:
     """Write `roster.json` for the coordinator and `invitation.json` for new sites.
 
+    With `root.json` beside them the directory is also one that `RosterClient` reads.
+
     Raises:
         UnavailableError: AG-STO-001.
     """
     out.mkdir(parents=True, exist_ok=True)
     durable_write(out / "roster.json", bundle.pack(published.files), mode=0o644)
     durable_write(out / "invitation.json", published.invitation.to_bytes(), mode=0o644)
+    durable_write(out / "root.json", published.invitation.root_json, mode=0o644)
 
 
 def read_published(out: Path) -> tuple[bytes, dict[str, bytes]]:
