@@ -27,7 +27,10 @@ from allograft_server.settings import SOCKET_VARIABLE
 
 # A node that has answered nothing for this long has lost what it was sent.
 STALL_S = 120.0
-_TICK_S = 0.1
+# A SuperNode takes more than a second for a message, so looking more often finds nothing.
+_TICK_S = 0.25
+_IDLE_TICK_S = 0.5
+_NODES_S = 1.0
 _MESSAGE_TTL_S = float(LIMITS.frame_age_s)
 _RPC_TIMEOUT_S = 30.0
 _CHANNEL_OPTIONS = (
@@ -45,6 +48,7 @@ class Carried:
 
     call_id: str
     node_id: int
+    method: str
     sent_s: float
 
 
@@ -62,7 +66,7 @@ def main(grid: Grid, context: Context) -> None:
         courier = Courier(grid, relay_pb2_grpc.CoordinatorCourierStub(channel))
         while True:
             if not courier.tick():
-                time.sleep(_TICK_S)
+                time.sleep(_TICK_S if courier.is_waiting else _IDLE_TICK_S)
 
 
 class Courier:
@@ -74,13 +78,23 @@ class Courier:
         self._session = secrets.token_hex(16)
         self._carried: dict[str, Carried] = {}  # by Flower's message id
         self._answered_s: dict[int, float] = {}  # by node: when it last answered
+        self._online: dict[int, Node] = {}
+        self._looked_s = -_NODES_S
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether any call is on its way."""
+        return bool(self._carried)
 
     def tick(self) -> bool:
         """Send what is to be sent, bring what was answered; false if nothing moved."""
-        online = {node.node_id: node for node in self._grid.get_nodes() if node.status == "online"}
+        if time.monotonic() - self._looked_s >= _NODES_S:
+            nodes = (node for node in self._grid.get_nodes() if node.status == "online")
+            self._online = {node.node_id: node for node in nodes}
+            self._looked_s = time.monotonic()
         try:
-            sent = self._send(online.values())
-            return self._collect(set(online)) or sent
+            sent = self._send(self._online.values())
+            return self._collect() or sent
         except grpc.RpcError as error:
             if error.code() not in {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED}:
                 raise
@@ -105,21 +119,24 @@ class Courier:
             # One by one: a push holds all its messages in memory several times.
             ids = list(self._grid.push_messages([message]))
             if ids and ids[0]:
-                self._carried[ids[0]] = Carried(call.call_id, call.node_id, time.monotonic())
+                self._carried[ids[0]] = Carried(
+                    call.call_id, call.node_id, call.method, time.monotonic()
+                )
             else:
                 self._fail(call.call_id, "the SuperLink took no message")
         return bool(reply.calls)
 
-    def _collect(self, online: set[int]) -> bool:
+    def _collect(self) -> bool:
         moved = False
-        for message_id, carried in list(self._carried.items()):
+        for message_ids in self._batches():
             # For a node that went offline this pull also deletes the message from the SuperLink.
-            replies = list(self._grid.pull_messages([message_id]))
-            if replies:
-                del self._carried[message_id]
-                self._settle(carried, replies[0])
-                moved = True
-            elif carried.node_id not in online:
+            for reply in self._grid.pull_messages(message_ids):
+                carried = self._carried.pop(reply.metadata.reply_to_message_id, None)
+                if carried is not None:
+                    self._settle(carried, reply)
+                    moved = True
+        for message_id, carried in list(self._carried.items()):
+            if carried.node_id not in self._online:
                 del self._carried[message_id]
                 self._fail(carried.call_id, "the node went offline")
             elif carried.call_id and self._has_stalled(carried):
@@ -128,6 +145,20 @@ class Courier:
                 self._carried[message_id] = replace(carried, call_id="")
                 self._fail(carried.call_id, "the node did not answer")
         return moved
+
+    def _batches(self) -> list[list[str]]:
+        """What to pull at once: all small answers, and one by one the next part of each node.
+
+        Each pull is a request, and a pull of several parts would hold them all in memory.
+        """
+        small: list[str] = []
+        takes: dict[int, str] = {}
+        for message_id, carried in self._carried.items():
+            if carried.method == "take":
+                takes.setdefault(carried.node_id, message_id)
+            else:
+                small.append(message_id)
+        return ([small] if small else []) + [[message_id] for message_id in takes.values()]
 
     def _has_stalled(self, carried: Carried) -> bool:
         since_s = max(carried.sent_s, self._answered_s.get(carried.node_id, 0.0))

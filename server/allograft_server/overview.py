@@ -14,6 +14,7 @@ from allograft.errors import RejectedError, UnavailableError
 from allograft.log.store import LogReader
 from allograft.roster.client import RosterClient
 from allograft.roster.records import Roster
+from allograft_server.roster_front import INCOMING
 from allograft_server.settings import State, read_settings
 from allograft_server.store import Store
 
@@ -38,6 +39,7 @@ class Overview:
     """The coordinator at a glance.
 
     Attributes:
+        roster_waits: Whether an imported roster waits for the daemon.
         roster_version: 0 if there is no roster yet.
         roster_expires: Empty if there is no roster yet.
         log_entries: Entries in the log.
@@ -47,6 +49,7 @@ class Overview:
     name: str
     address: str
     running: bool
+    roster_waits: bool
     roster_version: int
     roster_expires: str
     sites: int
@@ -105,6 +108,7 @@ def read_overview(state: State) -> Overview:
         name=settings.name,
         address=settings.address,
         running=_is_running(state),
+        roster_waits=(state.roster / INCOMING).exists(),
         roster_version=roster.version if roster else 0,
         roster_expires=canonical.format_time(roster.expires) if roster else "",
         sites=len(roster.sites) if roster else 0,
@@ -146,6 +150,8 @@ def render_overview(overview: Overview) -> str:
     """The overview as text."""
     version, until = overview.roster_version, overview.roster_expires
     roster = "none yet; see `allograft-coordinator import-roster`"
+    if overview.roster_waits:
+        roster = "imported; the daemon applies it"
     if version:
         roster = f"version {version}, {overview.sites} sites, until {until}"
     waiting = ", ".join(f"{count} {kind}" for kind, count in sorted(overview.waiting.items()))

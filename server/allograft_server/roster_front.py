@@ -30,7 +30,8 @@ from allograft_server.settings import State
 from allograft_server.store import QueuedEntry, Store
 
 _ROSTER = "roster.json"
-_INCOMING = "incoming.json"
+#: An imported roster that the daemon has not applied yet.
+INCOMING = "incoming.json"
 _LEAP = 10_000  # versions; two each day for years
 
 
@@ -131,7 +132,7 @@ class RosterFront:
         self._publish(roster)
 
     def _apply_incoming(self) -> None:
-        path = self._directory / _INCOMING
+        path = self._directory / INCOMING
         try:
             files = bundle.unpack(path.read_bytes())
         except FileNotFoundError:
@@ -233,5 +234,5 @@ def import_roster(
         roster = client.refresh(files, now)
     check_ours(roster, me, keys)
     RosterClient(state.roster).trust(invitation.root_json)
-    durable_write(state.roster / _INCOMING, bundle.pack(invitation.files))
+    durable_write(state.roster / INCOMING, bundle.pack(invitation.files))
     return roster, fingerprint

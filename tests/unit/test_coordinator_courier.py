@@ -118,6 +118,11 @@ def call(node_id: int = 5, method: str = "put") -> relay_pb2.Call:
     return relay_pb2.Call(call_id="c1", node_id=node_id, frame=FRAME, method=method)
 
 
+@pytest.fixture(autouse=True)
+def fresh_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_NODES_S", 0.0)
+
+
 @pytest.fixture
 def daemon() -> FakeDaemon:
     return FakeDaemon()
@@ -213,10 +218,32 @@ def test_gives_up_on_a_node_that_makes_no_progress(
     monkeypatch.setattr(module, "STALL_S", -1.0)
     courier.tick()
     assert daemon.settled[0].failure == "the node did not answer"
+    monkeypatch.setattr(module, "STALL_S", 60.0)
     grid.answer(pack(FRAME))
     courier.tick()
     assert len(daemon.settled) == 1
     assert grid.replies == {}  # nothing is left behind in the SuperLink's store
+
+
+def test_pulls_one_part_at_a_time_and_everything_small_together(
+    courier: Courier, daemon: FakeDaemon, grid: FakeGrid, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    methods = ("take", "take", "poll", "put")
+    daemon.calls = [
+        relay_pb2.Call(
+            call_id=f"c{n}",
+            node_id=5,
+            method=method,
+            frame=relay_pb2.Frame(envelope=b"e%d" % n, body=b""),
+        )
+        for n, method in enumerate(methods)
+    ]
+    courier.tick()
+    pulls: list[list[str]] = []
+    monkeypatch.setattr(grid, "pull_messages", lambda ids: pulls.append(list(ids)) or [])
+    courier.tick()
+    first, _, poll, put = grid.pushed
+    assert pulls == [[poll, put], [first]]
 
 
 def test_reports_a_message_that_the_superlink_does_not_take(
