@@ -1,2 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`allograft`, the tool that needs no daemon (packets, roster, audit, demo), and the shared shell."""
+"""`allograft`, the tool that needs no daemon: packets, roster, audit, demo; and the shell."""

@@ -183,6 +183,8 @@ def audit_folder(folder: Path, expected_root: str = "") -> Audited:
     checkpoint, cosignatures = verify_witnessed(note, roster.witness_policy())
     if checkpoint.origin != roster.coordinator.origin:
         raise RejectedError("AG-LOG-005", "the checkpoint is of another coordinator's log")
+    if len(note.lines) != 1 + len(cosignatures):
+        raise RejectedError("AG-LOG-013", "the checkpoint carries lines of others")
     _check_policy(reader, roster)
     announced = {event.document_sha256 for event in events}
     reader.check_closed(announced)
@@ -284,10 +286,13 @@ def _subtree(hashes: Sequence[bytes]) -> bytes:
 
 
 def _read_bundles(reader: _Folder) -> dict[str, bundle.Files]:
-    return {
-        name: bundle.unpack(reader.read(f"roster/{name}.json", LIMITS.roster_bundle_bytes))
-        for name in reader.names("roster")
-    }
+    bundles: dict[str, bundle.Files] = {}
+    for name in reader.names("roster"):
+        content = reader.read(f"roster/{name}.json", LIMITS.roster_bundle_bytes)
+        bundles[name] = bundle.unpack(content)
+        if bundle.pack(bundles[name]) != content:
+            raise RejectedError("AG-LOG-013", "a roster is not in its one canonical form")
+    return bundles
 
 
 def _find_anchor(

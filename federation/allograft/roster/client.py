@@ -215,6 +215,7 @@ def _read_verified(trusted: Path, files: bundle.Files) -> Roster:
         targets,
     )
     records = _read_targets(targets, files)
+    _check_closed(files, everything[2].version, targets)
     return Roster(
         version=everything[1].version,
         sites=records.sites,
@@ -277,6 +278,16 @@ def _read_targets(targets: Targets, files: bundle.Files) -> _Records:
     if both:
         raise RejectedError("AG-ROS-008", f"{min(both)} is enrolled and revoked at once")
     return records
+
+
+def _check_closed(files: bundle.Files, snapshot_version: int, targets: Targets) -> None:
+    """Refuse files that nothing lists: bundles go to every site and are kept by auditors."""
+    listed = {target_name(target) for target in targets.targets.values()}
+    listed |= {"timestamp.json", f"{snapshot_version}.snapshot.json"}
+    listed |= {f"{targets.version}.targets.json"}
+    extra = [name for name in files.keys() - listed if not name.endswith(".root.json")]
+    if extra:
+        raise RejectedError("AG-ROS-008", f"a roster bundle holds {len(extra)} files too many")
 
 
 def _target_content(target: TargetFile, files: bundle.Files) -> bytes:

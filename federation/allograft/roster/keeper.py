@@ -340,22 +340,6 @@ def write_published(published: Published, out: Path) -> None:
     durable_write(out / "root.json", published.invitation.root_json, mode=0o644)
 
 
-def read_published(out: Path) -> tuple[bytes, dict[str, bytes]]:
-    """The first root and the files of a published directory, unverified.
-
-    Raises:
-        UnavailableError: AG-STO-003 if there is none.
-        RejectedError: AG-ROS-008 if malformed.
-    """
-    path = out / "roster.json"
-    if not path.exists():
-        raise UnavailableError("AG-STO-003", f"{out.name} holds no roster.json")
-    files = bundle.unpack(path.read_bytes())
-    if "1.root.json" not in files:
-        raise RejectedError("AG-ROS-008", "a roster bundle without its first root")
-    return files["1.root.json"], files
-
-
 def _make_key(directory: Path, name: str) -> RosterSigner:
     key = NoteKey.generate()
     keystore.write_note_key(directory / "keys" / f"{name}.key", key)
