@@ -10,7 +10,6 @@ nothing here holds a key that opens anything. See protos/spec/relay.md.
 from __future__ import annotations
 
 import hashlib
-import re
 import threading
 from collections.abc import Callable, Iterable, Mapping
 from datetime import datetime
@@ -19,33 +18,24 @@ from allograft.crypto import canonical
 from allograft.crypto.keys import SigningKey
 from allograft.errors import RejectedError
 from allograft.limits import LIMITS
-from allograft.log.event import Event, EventName, sign_event, verify_event
-from allograft.packet.header import HEADER_NAME, MANIFEST_NAME, Header
-from allograft.provenance.dispatch import DISPATCH_NAME, Dispatch
+from allograft.log.event import Event, sign_event, verify_event
+from allograft.packet.header import HEADER_NAME
+from allograft.provenance.dispatch import DISPATCH_NAME
 from allograft.provenance.verify import verify_dispatch
-from allograft.relay.item import FROM_SITE, Item, ItemFile
+from allograft.relay.item import Item
 from allograft.routing.card import Card, verify_card
 from allograft.routing.document import Signers
 from allograft.routing.match import match_offer
 from allograft.routing.offer import Offer, verify_offer
-from allograft.routing.receipt import Receipt, verify_receipt
+from allograft.routing.receipt import verify_receipt
 from allograft.routing.route import Route, sign_route, verify_route
-from allograft.routing.withdrawal import Withdrawal, verify_withdrawal
+from allograft.routing.withdrawal import verify_withdrawal
+from allograft_server import intake
 from allograft_server.mailbox import Mailbox
 from allograft_server.store import DispatchRow, ItemRow, PacketRow, QueuedEntry, Store
 
 PROOF_NAME = "dispatch.proof"
-_DISPATCH_EVENT = "dispatch.event.json"
 
-#: The files that items of each kind consist of; a dispatch has parts besides.
-_FILES: Mapping[str, frozenset[str]] = {
-    "card": frozenset({"card.json"}),
-    "offer": frozenset({"offer.json", "offer.event.json"}),
-    "dispatch": frozenset({HEADER_NAME, DISPATCH_NAME, _DISPATCH_EVENT, MANIFEST_NAME}),
-    "receipt": frozenset({"receipt.json", "receipt.event.json"}),
-    "withdrawal": frozenset({"withdrawal.json", "withdrawal.event.json"}),
-}
-_PART = re.compile(r"part-\d{3}\.sealed")
 #: Deliveries that may still change by a receipt.
 _RECEIVED = ("waiting", "delivered", "untaken", "kept", "reverted", "refused", "quarantined")
 
@@ -86,16 +76,7 @@ class Post:
         Raises:
             RejectedError: AG-RLY-006.
         """
-        if item.kind not in FROM_SITE:
-            raise RejectedError("AG-RLY-006", f"sites send no items of kind {item.kind[:32]!r}")
-        names = {file.name for file in item.files}
-        parts = {name for name in names if _PART.fullmatch(name)}
-        expected = _FILES[item.kind]
-        if names - parts != expected or bool(parts) != (item.kind == "dispatch"):
-            raise RejectedError("AG-RLY-006", f"not the files of a {item.kind}")
-        for file in item.files:
-            if file.name.endswith(".json") and file.size_bytes > LIMITS.json_document_bytes:
-                raise RejectedError("AG-RLY-006", f"{file.name} has {file.size_bytes} bytes")
+        intake.check_item(item)
 
     def item_delivered(self, row: ItemRow) -> None:
         """A site holds an item of ours durably."""
@@ -147,7 +128,7 @@ class Post:
     def _accept_card(self, row: ItemRow) -> None:
         envelope = self._read(row, "card.json")
         card = verify_card(envelope, self._roster(), self._utc_now())
-        _check_author(card.site, row)
+        intake.check_author(card.site, row)
         with self._store.transaction():
             if self._store.put_card(card.site, card.version, envelope):
                 self._route_again()
@@ -157,8 +138,10 @@ class Post:
     def _accept_offer(self, row: ItemRow) -> None:
         envelope = self._read(row, "offer.json")
         offer = verify_offer(envelope, self._roster(), self._utc_now())
-        _check_author(offer.donor, row)
-        entry = self._verify_entry(row, "offer", envelope, offer.packet_id)
+        intake.check_author(offer.donor, row)
+        entry = self._verify_entry(
+            row, intake.ExpectedEvent("offer", row.site, envelope, offer.packet_id)
+        )
         known = self._store.find_packet(offer.packet_id)
         if known is not None and known.offer != envelope:
             raise RejectedError("AG-CRD-008", "another packet was offered under this id")
@@ -180,12 +163,15 @@ class Post:
         envelope, header = self._read(row, DISPATCH_NAME), self._read(row, HEADER_NAME)
         verified = verify_dispatch(envelope, header, self._roster(), "", self._utc_now())
         dispatch = verified.dispatch
-        _check_author(dispatch.donor, row)
+        intake.check_author(dispatch.donor, row)
         entry = self._verify_entry(
-            row, "dispatch", envelope, dispatch.packet_id, dispatch.dispatch_id
+            row,
+            intake.ExpectedEvent(
+                "dispatch", row.site, envelope, dispatch.packet_id, dispatch.dispatch_id
+            ),
         )
-        self._check_offered(dispatch)
-        _check_sealed_files(row.item, verified.header)
+        intake.check_offered(self._store.find_packet(dispatch.packet_id), dispatch)
+        intake.check_sealed_files(row.item, verified.header)
         known = self._store.find_dispatch(dispatch.dispatch_id)
         if known is not None and known.digest != verified.envelope_sha256:
             raise RejectedError("AG-CRD-008", "another dispatch was made under this id")
@@ -204,24 +190,26 @@ class Post:
             # The sealed files stay in the mailbox until every delivery is over.
             self._store.move_item(row.item_id, ("complete",), "stored")
 
-    def _check_offered(self, dispatch: Dispatch) -> None:
-        packet = self._store.find_packet(dispatch.packet_id)
-        if packet is None or packet.donor != dispatch.donor:
-            raise RejectedError("AG-CRD-005", "a dispatch without an offer by the same donor")
-        if packet.state == "withdrawn":
-            raise RejectedError("AG-CRD-007", "a dispatch of a withdrawn packet")
-        offered = (packet.kind, packet.statement_digest)
-        if offered != (dispatch.kind, dispatch.statement_digest):
-            raise RejectedError("AG-CRD-005", "the dispatch is not of the packet that was offered")
-
     def _accept_receipt(self, row: ItemRow) -> None:
         envelope = self._read(row, "receipt.json")
         receipt = verify_receipt(envelope, self._roster(), self._utc_now())
-        _check_author(receipt.site, row)
+        intake.check_author(receipt.site, row)
         entry = self._verify_entry(
-            row, "receipt", envelope, receipt.packet_id, receipt.dispatch_id, receipt.state
+            row,
+            intake.ExpectedEvent(
+                "receipt",
+                row.site,
+                envelope,
+                receipt.packet_id,
+                receipt.dispatch_id,
+                receipt.state,
+            ),
         )
-        dispatch = self._check_received(receipt)
+        dispatch = intake.check_received(
+            self._store.find_dispatch(receipt.dispatch_id),
+            self._store.find_delivery(receipt.dispatch_id, receipt.site),
+            receipt,
+        )
         packet = self._store.find_packet(receipt.packet_id)
         assert packet is not None  # a dispatch is recorded only for a packet that is
         digest = hashlib.sha256(envelope).hexdigest()
@@ -238,25 +226,14 @@ class Post:
             self._store_document(row)
         self._sweep([row.item])
 
-    def _check_received(self, receipt: Receipt) -> DispatchRow:
-        dispatch = self._store.find_dispatch(receipt.dispatch_id)
-        if dispatch is None or dispatch.packet_id != receipt.packet_id:
-            raise RejectedError("AG-CRD-006", "a receipt for an unknown dispatch")
-        delivery = self._store.find_delivery(receipt.dispatch_id, receipt.site)
-        if delivery is None or delivery.state == "held":
-            raise RejectedError("AG-CRD-006", "a receipt for a dispatch that was not delivered")
-        # What was put into quarantine may have been changed on its way; what was tried was not.
-        tried = receipt.state in {"kept", "reverted"}
-        if tried and dispatch.digest != receipt.dispatch_digest:
-            raise RejectedError("AG-CRD-006", "a receipt for another dispatch than the logged one")
-        return dispatch
-
     def _accept_withdrawal(self, row: ItemRow) -> None:
         envelope = self._read(row, "withdrawal.json")
         withdrawal = verify_withdrawal(envelope, self._roster(), self._utc_now())
-        _check_author(withdrawal.donor, row)
-        entry = self._verify_entry(row, "withdrawal", envelope, withdrawal.packet_id)
-        self._check_withdrawable(withdrawal)
+        intake.check_author(withdrawal.donor, row)
+        entry = self._verify_entry(
+            row, intake.ExpectedEvent("withdrawal", row.site, envelope, withdrawal.packet_id)
+        )
+        intake.check_withdrawable(self._store.find_packet(withdrawal.packet_id), withdrawal)
         over: list[Item] = [row.item]
         with self._store.transaction():
             self._queue_entry(entry, envelope)
@@ -269,13 +246,6 @@ class Post:
                 self._forward(row.item, site, withdrawal.packet_id)
             self._store_document(row)
         self._sweep(over)
-
-    def _check_withdrawable(self, withdrawal: Withdrawal) -> None:
-        packet = self._store.find_packet(withdrawal.packet_id)
-        if packet is None or packet.donor != withdrawal.donor:
-            raise RejectedError("AG-CRD-006", "a withdrawal of a packet of someone else")
-        if packet.statement_digest != withdrawal.statement_digest:
-            raise RejectedError("AG-CRD-006", "a withdrawal of another packet than the offered one")
 
     # --- routing ---
 
@@ -335,7 +305,7 @@ class Post:
 
     def send(self, kind: str, site: str, subject: str, files: Mapping[str, bytes]) -> None:
         """Queue an item of small files for a site."""
-        described = tuple(describe_bytes(name, files[name]) for name in sorted(files))
+        described = tuple(intake.describe_bytes(name, files[name]) for name in sorted(files))
         with self._lock:
             for file in described:
                 self._mailbox.add_file(file, files[file.name])
@@ -345,7 +315,7 @@ class Post:
         """Send a logged dispatch, with its proof, to every recipient that is enrolled now."""
         source = self._store.find_item(dispatch.item_id)
         assert source is not None  # recorded in the transaction that recorded the dispatch
-        proof_file = describe_bytes(PROOF_NAME, proof)
+        proof_file = intake.describe_bytes(PROOF_NAME, proof)
         files = tuple(sorted((*source.item.files, proof_file), key=lambda file: file.name))
         with self._lock, self._store.transaction():
             self._mailbox.add_file(proof_file, proof)
@@ -433,57 +403,13 @@ class Post:
     def _read(self, row: ItemRow, name: str) -> bytes:
         return self._mailbox.read(row.item, name, LIMITS.json_document_bytes)
 
-    def _verify_entry(
-        self,
-        row: ItemRow,
-        kind: EventName,
-        document: bytes,
-        packet_id: str,
-        dispatch_id: str = "",
-        outcome: str = "",
-    ) -> bytes:
+    def _verify_entry(self, row: ItemRow, expected: intake.ExpectedEvent) -> bytes:
         """The log entry that came with a document, verified to be about that document."""
-        entry = self._mailbox.read(row.item, f"{kind}.event.json", LIMITS.entry_bytes)
-        event = verify_event(entry, self._roster(), self._utc_now())
-        expected = (
-            kind, row.site, packet_id, dispatch_id, outcome, f"{kind}.json",
-            hashlib.sha256(document).hexdigest(),
-        )  # fmt: skip
-        found = (
-            event.event, event.actor, event.packet_id, event.dispatch_id, event.outcome,
-            event.document_name, event.document_sha256,
-        )  # fmt: skip
-        if expected != found:
-            raise RejectedError("AG-CRD-004", f"the event is not about this {kind}")
+        name = f"{expected.event}.event.json"
+        entry = self._mailbox.read(row.item, name, LIMITS.entry_bytes)
+        intake.check_event(verify_event(entry, self._roster(), self._utc_now()), expected)
         return entry
 
     def _queue_entry(self, entry: bytes, document: bytes, subject: str = "") -> None:
         digest = hashlib.sha256(document).hexdigest()
         self._store.queue_entry(QueuedEntry(entry, digest, document), subject)
-
-
-def describe_bytes(name: str, content: bytes) -> ItemFile:
-    """Describe a small file that is in memory."""
-    parts = tuple(
-        hashlib.sha256(content[start : start + LIMITS.part_bytes]).hexdigest()
-        for start in range(0, len(content), LIMITS.part_bytes)
-    )
-    return ItemFile(name, len(content), hashlib.sha256(content).hexdigest(), parts)
-
-
-def _check_author(author: str, row: ItemRow) -> None:
-    if author != row.site:
-        raise RejectedError("AG-CRD-003", f"a document of another site came from {row.site}")
-
-
-def _check_sealed_files(item: Item, header: Header) -> None:
-    """The item's sealed files are exactly those that the header, and so the donor, names."""
-    described = {part.name: (part.sealed_bytes, part.sealed_sha256) for part in header.parts}
-    described[MANIFEST_NAME] = (header.manifest.sealed_bytes, header.manifest.sealed_sha256)
-    found = {
-        file.name: (file.size_bytes, file.sha256)
-        for file in item.files
-        if file.name.endswith(".sealed")
-    }
-    if described != found:
-        raise RejectedError("AG-CRD-005", "the sealed files are not those of the header")
