@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Both kinds on an accelerator: half-precision base, autocast, recomputation, exact removal."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from allograft.recipes.base import (
+    Donor,
+    LoraPlan,
+    OrganPlan,
+    Payload,
+    Plan,
+    Recipient,
+    load_recipe,
+)
+from allograft.recipes.plan import LoopPlan
+from allograft.recipes.snapshot import state_digest
+from kit.tiny import FAMILIES, tiny_model, tiny_tokens, tiny_windows
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["organ", "lora"])
+def test_learns_and_leaves_without_a_trace(kind: str, family: str, tmp_path: Path) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no accelerator answers")
+    model = tiny_model(family).to("cuda", torch.bfloat16)
+    plain = state_digest(model)
+    loop = LoopPlan(steps=12, batch_windows=24, learning_rate=1e-2, checkpointing=True)
+    recipe = load_recipe(kind)
+    plan = Plan(OrganPlan(1) if kind == "organ" else LoraPlan(rank=4), loop)
+    made = recipe.extract(Donor(model, tiny_windows(), tmp_path), plan)
+    assert made.report["last_loss"] < made.report["first_loss"]
+    assert state_digest(model) == plain
+
+    payload = Payload(kind, "ab" * 16, tmp_path, made.facts.to_json())
+    handle = recipe.attach(recipe.fit(payload, Recipient(model)), model)
+    ids = tiny_tokens().to("cuda")
+    with torch.no_grad():
+        full = model(input_ids=ids, use_cache=False).logits
+        handle.set_dose(0.0)
+        none = model(input_ids=ids, use_cache=False).logits
+    assert not torch.equal(full, none)
+    recipe.detach(handle)
+    assert state_digest(model) == plain
