@@ -19,6 +19,7 @@ AREAS = {
     "AG-ROS": "roster",
     "AG-LOG": "log and audit",
     "AG-RLY": "relay",
+    "AG-RTE": "cards, offers, routes, receipts and withdrawals",
     "AG-RCP": "recipes and training",
     "AG-EVA": "evaluation",
     "AG-PRV": "privacy and release",
