@@ -20,6 +20,7 @@ from allograft.errors import RejectedError, UnavailableError
 SOCKET_VARIABLE = "ALLOGRAFT_COORDINATOR_SOCKET"
 
 _NAME = r"^[a-z0-9][a-z0-9-]{0,62}$"
+_HOST = r"^[A-Za-z0-9.:_-]{1,253}$"
 
 
 class Settings(BaseModel):
@@ -37,9 +38,9 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(pattern=_NAME)
-    host: str = Field(min_length=1, max_length=253)
+    host: str = Field(pattern=_HOST)
     port: int = Field(ge=1, le=65535)
-    listen: str = Field(min_length=1, max_length=253)
+    listen: str = Field(pattern=_HOST)
     private_port: int = Field(ge=1, le=65535)
     reserve_mib: int = Field(default=512, ge=0)
 

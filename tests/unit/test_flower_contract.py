@@ -70,9 +70,11 @@ def test_database_settings_are_taken_from_where_we_change_them() -> None:
     assert "in SQLITE_PRAGMAS" in source
 
 
-def test_chunks_are_as_small_as_the_environment_says() -> None:
-    (name,) = [name for name in ENVIRONMENT if name.startswith("FLWR_")]
-    assert f'"{name}"' in inspect.getsource(flwr.common.constant)
+def test_flower_reads_the_variables_that_bound_its_memory() -> None:
+    source = inspect.getsource(flwr.common.constant) + inspect.getsource(constant)
+    names = [name for name in ENVIRONMENT if name.startswith("FLWR_")]
+    assert len(names) == 3
+    assert all(f'"{name}"' in source for name in names)
 
 
 def test_grid_has_the_public_methods_of_our_courier() -> None:

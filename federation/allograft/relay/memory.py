@@ -24,6 +24,8 @@ ENVIRONMENT: Mapping[str, str] = {
     "MALLOC_TRIM_THRESHOLD_": str(_THRESHOLD_BYTES),
     # Flower holds each chunk of a message several times over while it passes it on.
     "FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE": str(1 << 20),
+    "FLWR_PRIVATE_MAX_CONCURRENT_OBJ_PUSHES": "1",
+    "FLWR_PRIVATE_MAX_CONCURRENT_OBJ_PULLS": "1",
 }
 
 
