@@ -648,7 +648,7 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
         ),
         "AG-RCP-012": ErrorCode(
             "the base differs and its lineage has not been tested",
-            "Compare the model with the statement's sketch first; the site daemon does so by itself.",
+            "Compare the model with the statement's sketch first; the daemon does so by itself.",
         ),
         "AG-RCP-013": ErrorCode(
             "the base has the same shape but another lineage",

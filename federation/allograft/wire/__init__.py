@@ -1,1 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
+"""The contract between our processes; see protos/README.md."""

@@ -1,1 +1,2 @@
 # SPDX-License-Identifier: Apache-2.0
+"""Generated from protos/allograft/wire/v1 by `make proto`."""
