@@ -63,6 +63,7 @@ def test_parts_go_up_and_down_unchanged(link: FlowerRelay, tmp_path: Path) -> No
         assert received.read_bytes() == file.read_bytes()
 
 
+@pytest.mark.slow
 def test_frames_flow_again_after_the_serverapp_was_killed(link: FlowerRelay) -> None:
     poll_again(link)
     before = serverapp_pid(link)
@@ -86,6 +87,7 @@ def test_frames_flow_again_after_the_superlink_was_killed(link: FlowerRelay) -> 
     poll_again(link)
 
 
+@pytest.mark.slow
 def test_frames_flow_again_after_the_sites_executor_was_killed(link: FlowerRelay) -> None:
     poll_again(link)
     node = link.nodes["ward"]
