@@ -71,6 +71,7 @@ class RosterFront:
         self._store = store
         self._post = post
         self._utc_now = utc_now
+        self._node_keys: dict[str, str] = {}
         self._nodes: dict[str, str] = {}
         self._nodes_of = ""  # digest of the roster that the map was made from
 
@@ -102,11 +103,15 @@ class RosterFront:
         return self.current().site(site, now).signing_keys
 
     def node_keys(self) -> dict[str, str]:
-        """Site → node key, for the SuperLink; without a roster nobody is let in."""
-        try:
-            return {name: record.node_key for name, record in self.current().sites.items()}
-        except RejectedError:
-            return {}
+        """Site → node key, for the SuperLink.
+
+        Also of an expired roster, whose sites are not called (`site_of_node`): the SuperLink takes
+        no key back that was once taken out, so only a newer roster may take one out.
+        """
+        with contextlib.suppress(RejectedError):
+            sites = self._client.latest().sites.items()
+            self._node_keys = {name: record.node_key for name, record in sites}
+        return dict(self._node_keys)
 
     def _node_map(self, roster: Roster) -> dict[str, str]:
         if self._nodes_of != roster.digest:

@@ -284,6 +284,50 @@ def test_what_a_revoked_site_sent_is_refused(world: Coordination) -> None:
     assert world.fate(later)[0] == "unknown"  # the site is not even asked any more
 
 
+def test_with_an_expired_roster_nobody_is_called_and_nobody_is_taken_out(
+    world: Coordination, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    front = world.coordinator.roster
+    node = world.members["near"].node.public_pem.encode()
+    keys = front.node_keys()
+    assert set(keys) == set(world.members)
+    assert front.site_of_node(node) == "near"
+    later = world.now + timedelta(days=4000)
+    monkeypatch.setattr(front, "_utc_now", lambda: later)
+    assert front.site_of_node(node) is None
+    with pytest.raises(RejectedError, match="AG-ROS-007"):
+        front.site_keys("near", later)
+    assert front.node_keys() == keys
+    with pytest.raises(RejectedError, match="AG-ROS-007"):
+        front.tick()
+
+
+def test_a_timestamp_is_renewed_before_it_expires(
+    world: Coordination, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = world.roster
+    later = world.now + timedelta(hours=13)
+    monkeypatch.setattr(world.coordinator.roster, "_utc_now", lambda: later)
+    world.coordinator.roster.tick()
+    after = world.roster
+    assert after.version == before.version + 1
+    assert after.expires > before.expires
+    for name in world.members:
+        waiting = [r for r in world.coordinator.store.items(name, "waiting")]
+        assert [r.item.kind for r in waiting] == ["roster"]  # the older one was overtaken
+
+
+def test_a_site_that_lies_about_its_roster_cannot_use_the_versions_up(
+    world: Coordination, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = world.roster.version
+    world.coordinator.store.report_site("near", 2**40, 0)
+    later = world.now + timedelta(hours=13)
+    monkeypatch.setattr(world.coordinator.roster, "_utc_now", lambda: later)
+    world.coordinator.roster.tick()
+    assert world.roster.version == before + 1
+
+
 def test_a_roster_for_another_coordinator_is_refused(world: Coordination, tmp_path: Path) -> None:
     stranger = Coordination(tmp_path / "stranger", "donor")
     stranger.coordinator.close()
