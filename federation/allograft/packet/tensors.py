@@ -12,11 +12,12 @@ See protos/spec/packet.md, "Tensors".
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import IO, Any, TypeAlias
 
@@ -41,8 +42,8 @@ PACKET_DTYPES = frozenset({"F32", "BF16", "F16"})
 _NAME = re.compile(r"[A-Za-z0-9_.\-/]+")
 _LAYOUT = {name: place for place, name in enumerate(DTYPE_BYTES)}
 _ENTRY_FIELDS = {"dtype", "shape", "data_offsets"}
-# A block and its float32 copies stay in the processor's cache.
-_BLOCK = 64 << 10
+# A block and its float32 copy stay in the processor's cache.
+_BLOCK = 256 << 10
 # Squares of this many elements are summed in single precision, which loses less than 1e-6 of a
 # norm; longer products would also start BLAS threads, each with memory of its own.
 _PIECE = 8192
@@ -129,7 +130,7 @@ class RawTensor:
     data: bytes | memoryview
 
 
-def read_table(handle: IO[bytes], rules: Rules = PACKET_RULES) -> TensorTable:
+def read_table(handle: IO[bytes] | io.BufferedIOBase, rules: Rules = PACKET_RULES) -> TensorTable:
     """Read and check a header; no value is read.
 
     Raises:
@@ -155,14 +156,14 @@ def read_table(handle: IO[bytes], rules: Rules = PACKET_RULES) -> TensorTable:
     return TensorTable(tuple(entries), len(header), file_bytes)
 
 
-def check_file(handle: IO[bytes]) -> CheckedTensors:
+def check_file(handle: io.BufferedIOBase) -> CheckedTensors:
     """Check a whole packet file: its header, then every value.
 
     Raises:
         RejectedError: As `read_table`, and AG-PKT-022 for NaN and infinities.
     """
-    table = read_table(handle)
-    return CheckedTensors(table, tuple(_measure(handle, entry) for entry in table.entries))
+    table, meter = read_table(handle), _Meter()
+    return CheckedTensors(table, tuple(meter.measure(handle, e) for e in table.entries))
 
 
 def check_shapes(table: TensorTable, expected: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
@@ -247,7 +248,7 @@ def write_tensors(sink: IO[bytes], tensors: Mapping[str, RawTensor]) -> TensorTa
     return TensorTable(placed, len(header), start + offset)
 
 
-def _read_header(handle: IO[bytes], file_bytes: int) -> bytes:
+def _read_header(handle: IO[bytes] | io.BufferedIOBase, file_bytes: int) -> bytes:
     prefix = handle.read(8)
     if len(prefix) != 8:
         raise RejectedError("AG-PKT-010", f"a file of {file_bytes} bytes has no header")
@@ -379,29 +380,46 @@ def _render_header(entries: Iterable[TensorEntry]) -> bytes:
     return header + b" " * (-len(header) % 8)
 
 
-def _measure(handle: IO[bytes], entry: TensorEntry) -> TensorFigures:
-    handle.seek(entry.offset)
-    squares, left = 0.0, entry.size_bytes
-    while left:
-        block = handle.read(min(_BLOCK, left))
-        if not block:
-            raise RejectedError("AG-PKT-010", "the file is shorter than its header says")
-        for values in _widen(block, entry.dtype):
-            squares += _sum_squares(values, entry.name)
-        left -= len(block)
-    return TensorFigures(entry.name, math.sqrt(squares))
+class _Meter:
+    """Measures tensors block by block through buffers that are made once.
 
+    Fresh buffers of this size would each be mapped and cleared by the kernel, which costs more than
+    the arithmetic.
+    """
 
-def _widen(block: bytes, dtype: str) -> tuple[Float32, ...]:
-    """The values of a block as float32, in any order."""
-    if dtype != "BF16":
-        return (as_float32(block, dtype),)
-    # Two halves of a 32-bit word at a time: four times faster than widening each.
-    paired = len(block) // 4 * 4
-    words = np.frombuffer(block, dtype="<u4", count=paired // 4)
-    lower = (words << np.uint32(16)).view(np.float32)
-    upper = (words & np.uint32(0xFFFF0000)).view(np.float32)
-    return lower, upper, as_float32(memoryview(block)[paired:], dtype)
+    def __init__(self) -> None:
+        self._raw = memoryview(bytearray(_BLOCK))
+        self._wide = np.empty(_BLOCK // 2, dtype=np.float32)
+
+    def measure(self, handle: io.BufferedIOBase, entry: TensorEntry) -> TensorFigures:
+        handle.seek(entry.offset)
+        squares, left = 0.0, entry.size_bytes
+        while left:
+            count = handle.readinto(self._raw[: min(_BLOCK, left)])
+            if not count or count % DTYPE_BYTES[entry.dtype]:
+                raise RejectedError("AG-PKT-010", "the file is shorter than its header says")
+            for values in self._widen(self._raw[:count], entry.dtype):
+                squares += _sum_squares(values, entry.name)
+            left -= count
+        return TensorFigures(entry.name, math.sqrt(squares))
+
+    def _widen(self, block: memoryview, dtype: str) -> Iterator[Float32]:
+        """The values of a block as float32, in any order; each is overwritten by the next."""
+        if dtype == "F32":
+            yield as_float32(block, dtype)
+        elif dtype == "F16":
+            with np.errstate(invalid="ignore"):
+                self._wide[: len(block) // 2] = np.frombuffer(block, dtype="<f2")
+            yield self._wide[: len(block) // 2]
+        else:
+            # Two bf16 values share a 32-bit word: four times faster than widening each.
+            words = np.frombuffer(block, dtype="<u4", count=len(block) // 4)
+            wide = self._wide[: len(words)]
+            np.left_shift(words, np.uint32(16), out=wide.view(np.uint32))
+            yield wide
+            np.bitwise_and(words, np.uint32(0xFFFF0000), out=wide.view(np.uint32))
+            yield wide
+            yield as_float32(block[len(words) * 4 :], dtype)
 
 
 def _sum_squares(values: Float32, name: str) -> float:
