@@ -172,7 +172,7 @@ class Relay:
                 site = self._directory.site_of_node(node.public_key)
                 if site is None:
                     continue
-                lane = self._lanes.setdefault(site, _Lane())
+                lane = self._lanes.setdefault(site, _Lane(moved_s=self._monotonic_s()))
                 if self._monotonic_s() < lane.resume_s:
                     continue
                 if self._is_poll_due(site, lane):
