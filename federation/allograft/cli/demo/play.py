@@ -205,7 +205,6 @@ def _open_with_foreign_key(
                 str(consortium.sites[SAME].sealed_packet(packet_id)),
                 "--roster", str(consortium.published),
                 "--key", str(outsider.state / "keys" / "sealing.key"),
-                "--site", outsider.name,
                 "--out", str(directory / "stolen"),
                 "--format", "json",
             ]
@@ -213,6 +212,9 @@ def _open_with_foreign_key(
     if outcome.returncode == 0 or (directory / "stolen").exists():
         raise RejectedError("AG-DEM-004", "a packet opened with a key it was not sealed to")
     code, cause = read_error(outcome)
+    if code not in {"AG-PKT-008", "AG-SEA-002"}:
+        # Refused for another reason, such as a wrong option: that would prove nothing.
+        raise RejectedError("AG-DEM-001", f"packet open with a foreign key: {code}: {cause}")
     stages.say(f"Refused: {code}, {cause}")
     return Foreign(code)
 
