@@ -49,6 +49,8 @@ def demo(
     relative's gate decides, a stranger refuses; a tampered copy is quarantined; a revert is exact;
     and the log is verified offline. Nothing outside this machine is contacted.
     """
+    if keep is not None and keep.exists():
+        raise typer.BadParameter("--keep names a directory that exists already")
     as_json = format is Format.json
     console = Console(stderr=as_json)
     options = PlayOptions(
