@@ -35,7 +35,7 @@ def demo(
         str, typer.Option(help="What --data is declared to be: public or synthetic.")
     ] = "public",
     recipe: Annotated[str, typer.Option(help="What the donor trains: organ or lora.")] = "organ",
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of the donor.")] = 200,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of the donor.")] = 110,
     report: Annotated[Path | None, typer.Option(help="Write the outcome as JSON.")] = None,
     keep: Annotated[
         Path | None, typer.Option(help="Leave everything in this new directory.")

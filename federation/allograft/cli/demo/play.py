@@ -42,7 +42,7 @@ ROLES = {
 T = TypeVar("T")
 
 _STILL_S = 180.0
-_LOOK_S = 1.5  # each look is a command of its own, and the machine has work to do
+_LOOK_S = 2.5  # each look is a command of its own, and the machine has work to do
 _FINAL = {"kept", "reverted", "refused", "quarantined"}
 
 
@@ -55,7 +55,7 @@ class PlayOptions:
     general: Path | None = None
     declare: str = "public"
     recipe: str = "organ"
-    steps: int = 200
+    steps: int = 110
     seed: int = 0
 
 
