@@ -115,7 +115,7 @@ def publish(
 
 
 def describe_machine() -> str:
-    """Processor, cores and Python version; no host name."""
+    """Processor, cores, load by others and us, and Python version; no host name."""
     model = platform.machine()
     processors = Path("/proc/cpuinfo")
     if processors.exists():
@@ -123,4 +123,6 @@ def describe_machine() -> str:
             if line.startswith("model name"):
                 model = line.split(":", 1)[1].strip()
                 break
-    return f"{model}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    # A busy machine explains a slow run: ratios that need free cores suffer first.
+    load = f"load {os.getloadavg()[0]:.1f}"
+    return f"{model}, {os.cpu_count()} cores, {load}, Python {platform.python_version()}"
