@@ -9,8 +9,6 @@ from pathlib import Path
 import psutil
 import pytest
 
-from kit.shared import shared_path
-
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
@@ -59,18 +57,3 @@ def test_demo_tells_the_whole_story_and_leaves_nothing_running(tmp_path: Path) -
     assert report["audit"]["witnesses"] >= 2
     assert report["packet"]["sealed_bytes"] > report["packet"]["payload_bytes"] > 0
     assert _ours() <= before
-
-
-def test_demo_runs_on_a_persons_own_model_and_text(tmp_path: Path) -> None:
-    report = _demo(
-        tmp_path,
-        "--base",
-        str(shared_path("models/stories260K/hf")),
-        "--data",
-        str(shared_path("medical/medquad.jsonl.gz")),
-        "--general",
-        str(shared_path("general/tinystories_sample.txt")),
-    )
-    same_base = next(s for s in report["sites"].values() if s["verdict"] == "exact")
-    assert same_base["gain"] > 0
-    assert report["audit"]["verified"] is True
