@@ -231,6 +231,17 @@ class TestShapes:
         }
         assert {name: a.shape for name, a in allowed.items()} == expected
 
+    @pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2", "gemma3_text"])
+    def test_a_norm_may_be_silenced_whatever_its_base_stores(
+        self, tmp_path: Path, family: str
+    ) -> None:
+        # Gemma stores gains less one: near zero in the base, -1 in an organ that begins to learn.
+        tiny_model(family).save_pretrained(tmp_path)
+        allowed = shapes.organ_tensors(shapes.read_base(tmp_path), 1, 2)
+        gains = [a for name, a in allowed.items() if len(a.shape) == 1 and "bias" not in name]
+        assert gains
+        assert all(gain.max_rms >= shapes.RMS_FACTOR for gain in gains)
+
     def test_a_sharded_base_is_read_whole(self, tmp_path: Path) -> None:
         tiny_model("llama").save_pretrained(tmp_path / "one")
         tiny_model("llama").save_pretrained(tmp_path / "many", max_shard_size="20KB")

@@ -28,10 +28,14 @@ from allograft.privacy.egress import AllowedTensor, AllowList
 RMS_FACTOR = 10.0
 #: Counterparts smaller than this, such as biases that start at zero, count as this large.
 RMS_FLOOR = 0.1
+#: The floor of a norm's gain. Gemma stores it less one: a base near zero has a gain near one, and an
+#: organ's gain begins at the stored -1, exactly on the ceiling that the other floor would set.
+GAIN_FLOOR = 1.0
 
 _BLOCK = re.compile(r"(?:.+\.)?(?:layers|h)\.(\d{1,5})\.([A-Za-z0-9_.]{1,128})")
 # GPT-2 files carry the causal mask as a tensor; it is a constant and no part of a block.
 _CONSTANTS = re.compile(r"attn\.(?:masked_)?bias|(?:.+\.)?rotary_emb\.inv_freq")
+_GAIN = re.compile(r"(?:.+\.)?(?:[a-z_]*norm|ln_\d)\.weight")
 _CONFIG_BYTES = 1 << 20
 
 
@@ -123,7 +127,7 @@ def organ_tensors(base: BaseTensors, source: int, count: int) -> AllowList:
     if count < 1 or source < 0 or source + count > len(base.blocks):
         raise RejectedError("AG-PRV-040", "the organ names blocks that its base does not have")
     return {
-        f"blocks.{number}.{name}": AllowedTensor(tensor.shape, _ceiling(tensor))
+        f"blocks.{number}.{name}": AllowedTensor(tensor.shape, _ceiling(name, tensor))
         for number in range(count)
         for name, tensor in base.blocks[source + number].items()
     }
@@ -169,5 +173,6 @@ def _matrices(base: BaseTensors, module: str) -> Iterator[tuple[int, str, tuple[
                 yield number, stem, tensor.shape
 
 
-def _ceiling(tensor: BaseTensor) -> float:
-    return RMS_FACTOR * max(tensor.rms(), RMS_FLOOR)
+def _ceiling(name: str, tensor: BaseTensor) -> float:
+    floor = GAIN_FLOOR if _GAIN.fullmatch(name) else RMS_FLOOR
+    return RMS_FACTOR * max(tensor.rms(), floor)
