@@ -35,10 +35,11 @@ from allograft.recipes.base import (
     Recipient,
     load_recipe,
 )
+from allograft.recipes.documents import read_documents, split_documents
 from allograft.recipes.loop import token_losses, train
 from allograft.recipes.plan import LoopPlan
 from allograft.recipes.snapshot import load_model, load_tokenizer
-from allograft.recipes.text import Windows, make_windows, read_documents, split_documents
+from allograft.recipes.windows import Windows, make_windows
 from benchmarks.report import Figure, Options, publish
 
 _SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

@@ -46,16 +46,16 @@ from allograft.recipes.base import (
     load_recipe,
 )
 from allograft.recipes.blocks import describe_model
-from allograft.recipes.plan import LoopPlan, Step
-from allograft.recipes.snapshot import load_model, load_tokenizer
-from allograft.recipes.stack import Stack
-from allograft.recipes.text import (
+from allograft.recipes.documents import (
     Document,
     drop_near_duplicates,
-    make_windows,
     read_documents,
     split_documents,
 )
+from allograft.recipes.plan import LoopPlan, Step
+from allograft.recipes.snapshot import load_model, load_tokenizer
+from allograft.recipes.stack import Stack
+from allograft.recipes.windows import make_windows
 
 Tell = Callable[[Mapping[str, Any]], None]
 Task = Mapping[str, canonical.Json]

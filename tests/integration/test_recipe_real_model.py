@@ -16,12 +16,13 @@ from allograft.recipes.base import (
     Recipient,
     load_recipe,
 )
+from allograft.recipes.documents import read_documents, split_documents
 from allograft.recipes.export import export_merged
 from allograft.recipes.loop import token_losses
 from allograft.recipes.plan import LoopPlan
 from allograft.recipes.snapshot import load_model, load_tokenizer, state_digest
 from allograft.recipes.stack import Stack, null_packet
-from allograft.recipes.text import Windows, make_windows, read_documents, split_documents
+from allograft.recipes.windows import Windows, make_windows
 from kit.shared import shared_path
 
 

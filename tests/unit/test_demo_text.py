@@ -3,18 +3,22 @@
 
 import json
 import re
+import shutil
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from allograft.cli.demo import base as demo_base, text as demo_text
 from allograft.cli.demo.base import WorldOptions, make_world
-from allograft.cli.demo.pretrain import PretrainJob, train_tokenizer
+from allograft.cli.demo.processes import reporting
+from allograft.cli.demo.shape import train_tokenizer
 from allograft.errors import RejectedError, UnavailableError
 from allograft.privacy.scan import scan_texts
 from allograft.recipes.blocks import describe_model
+from allograft.recipes.documents import drop_near_duplicates, read_documents
 from allograft.recipes.snapshot import load_model, load_tokenizer, state_digest
-from allograft.recipes.text import drop_near_duplicates, read_documents
 
 QUICK = WorldOptions(
     base_steps=2,
@@ -98,9 +102,9 @@ class TestTokenizer:
 
     def test_writes_any_text_and_reads_it_back(self) -> None:
         tokenizer = train_tokenizer(demo_text.read_python_text().training[:100], 512)
-        assert len(tokenizer) == 512
+        assert tokenizer.get_vocab_size() == 512
         for content in ("def f(x): return x", "Größe 23 µg — ✓", "\x00\t\n"):
-            assert tokenizer.decode(tokenizer.encode(content)) == content
+            assert tokenizer.decode(tokenizer.encode(content).ids) == content
 
 
 @pytest.fixture(scope="module")
@@ -187,12 +191,36 @@ class TestWorld:
             make_world(tmp_path / "world", WorldOptions(base=tmp_path), quiet)
         assert error.value.code == "AG-DEM-011"
 
-    def test_a_failed_training_process_is_reported_and_gone(self, tmp_path: Path) -> None:
-        missing = str(tmp_path / "nowhere")
-        job = PretrainJob(missing, missing, missing, True, 1, 1e-3, 0, 1)
+    @pytest.mark.parametrize(
+        ("program", "kind", "code"),
+        [
+            ("import sys; sys.exit(7)", UnavailableError, "AG-DEM-012"),
+            (
+                'print(\'{"error": {"code": "AG-RCP-020", "cause": "x"}}\'); raise SystemExit(1)',
+                RejectedError,
+                "AG-RCP-020",
+            ),
+        ],
+    )
+    def test_a_failed_training_process_is_reported_and_gone(
+        self, tmp_path: Path, program: str, kind: type[Exception], code: str
+    ) -> None:
+        maker = demo_base._Maker(tmp_path, QUICK, quiet)
         with (
-            pytest.raises(UnavailableError) as error,
-            demo_base._beside(job, tmp_path / "log") as finish,
+            pytest.raises(kind) as error,
+            reporting([sys.executable, "-c", program], tmp_path / "log") as child,
         ):
-            finish()
-        assert error.value.code == "AG-DEM-012"
+            maker._finish("model", child)
+        assert error.value.code == code
+        assert child.process.returncode is not None
+
+    def test_a_base_that_cannot_be_loaded_is_refused_with_its_code(
+        self, world: demo_base.World, tmp_path: Path
+    ) -> None:
+        broken = tmp_path / "broken"
+        shutil.copytree(world.base, broken)
+        (broken / "model.safetensors").write_bytes(b"\x00" * 64)
+        options = replace(QUICK, base=broken)
+        with pytest.raises(RejectedError) as error:
+            make_world(tmp_path / "world", options, quiet)
+        assert error.value.code == "AG-RCP-032"

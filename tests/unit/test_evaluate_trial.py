@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from allograft.cli.demo.pretrain import train_tokenizer
+from allograft.cli.demo.shape import train_tokenizer
 from allograft.errors import RejectedError
 from allograft.evaluate import trial as trials
 from allograft.evaluate.bootstrap import Resampling
@@ -25,10 +25,11 @@ from allograft.recipes.base import (
     Recipient,
     load_recipe,
 )
+from allograft.recipes.documents import Document
 from allograft.recipes.loop import train
 from allograft.recipes.plan import LoopPlan
 from allograft.recipes.snapshot import state_digest
-from allograft.recipes.text import Document, make_windows
+from allograft.recipes.windows import make_windows
 from kit.tiny import tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -55,7 +56,8 @@ def sentences(count: int, seed: int, ending: str, words: list[str] = WORDS) -> l
 
 @pytest.fixture(scope="module")
 def tokenizer() -> PreTrainedTokenizerFast:
-    return train_tokenizer(sentences(200, 0, ""), vocabulary=300)
+    trained = train_tokenizer(sentences(200, 0, ""), vocabulary=300)
+    return PreTrainedTokenizerFast(tokenizer_object=trained, eos_token="<|endoftext|>")
 
 
 @pytest.fixture(scope="module")

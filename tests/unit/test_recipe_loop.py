@@ -17,7 +17,7 @@ from allograft.errors import RejectedError
 from allograft.recipes.base import Donor, LoraPlan, OrganPlan, Plan, load_recipe
 from allograft.recipes.loop import SNAPSHOT, Training, token_losses, train
 from allograft.recipes.plan import LoopPlan, Step
-from allograft.recipes.text import Windows
+from allograft.recipes.windows import Windows
 from kit.tiny import tiny_model, tiny_windows
 
 PLAN = LoopPlan(steps=6, batch_windows=5, learning_rate=5e-3, warmup_steps=2, snapshot_s=0.0)

@@ -28,8 +28,8 @@ from allograft.privacy.egress import AllowedTensor, AllowList
 RMS_FACTOR = 10.0
 #: Counterparts smaller than this, such as biases that start at zero, count as this large.
 RMS_FLOOR = 0.1
-#: The floor of a norm's gain. Gemma stores it less one: a base near zero has a gain near one, and an
-#: organ's gain begins at the stored -1, exactly on the ceiling that the other floor would set.
+#: The floor of a norm's gain. Gemma stores it less one: a base near zero has a gain near one, and
+#: an organ's gain begins at the stored -1, exactly on the ceiling that the other floor would set.
 GAIN_FLOOR = 1.0
 
 _BLOCK = re.compile(r"(?:.+\.)?(?:layers|h)\.(\d{1,5})\.([A-Za-z0-9_.]{1,128})")

@@ -6,7 +6,8 @@
 - `organ`, `lora`: the two kinds that ship.
 - `blocks`, `patch`: the two ways to change a model: inserted blocks, low-rank changes of weights.
 - `attachment`, `stack`, `export`: fitted packets on disk, on a model, and as ordinary snapshots.
-- `text`, `snapshot`: documents to token windows; model directories to models, and their digest.
+- `documents`, `windows`: text files to documents, without tensors; documents to token windows.
+- `snapshot`: model directories to models, and their digest.
 - `plan`, `loop`, `resume`: how to train, the one training loop, and its resumable state.
 - `prefix`: cached outputs of the frozen blocks below an organ.
 """

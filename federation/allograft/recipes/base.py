@@ -24,7 +24,7 @@ from allograft.recipes.plan import LoopPlan, Step
 if TYPE_CHECKING:
     import torch
 
-    from allograft.recipes.text import Windows
+    from allograft.recipes.windows import Windows
 
 #: Kinds that ship with this package. A site's policy may allow more, by the name of an installed
 #: entry point; a packet can only choose among the allowed ones.

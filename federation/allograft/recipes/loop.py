@@ -23,7 +23,7 @@ from allograft.crypto import canonical
 from allograft.errors import RejectedError
 from allograft.recipes.plan import LoopPlan, Step
 from allograft.recipes.resume import load_training, save_training
-from allograft.recipes.text import Windows
+from allograft.recipes.windows import Windows
 
 #: Name of the resumable state in a job's work directory.
 SNAPSHOT = "training.safetensors"

@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 
 from allograft.durable import storage_errors
 from allograft.recipes.blocks import layer_types, model_blocks, only_blocks
-from allograft.recipes.text import Windows
+from allograft.recipes.windows import Windows
 
 Select = Callable[[torch.Tensor], None]
 

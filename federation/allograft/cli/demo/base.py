@@ -2,27 +2,34 @@
 """What the demo's sites start with: three related models, private text, and text to stay good at.
 
 A base; a descendant, which is the base trained further on general text; and a stranger of the same
-shape and tokenizer with its own beginning. Each can be replaced by a person's own files. The
-stranger trains in a process of its own beside the base, and is ended with this one.
+shape and tokenizer with its own beginning. Each can be replaced by a person's own files. Models
+train in processes of their own, the stranger beside the base, and are ended with this one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from allograft.cli.demo import text as demo_text
+from allograft.cli.demo.processes import Reporter, reporting
+from allograft.cli.demo.shape import PretrainJob, write_shape
+from allograft.crypto import canonical
 from allograft.errors import RejectedError, UnavailableError
+from allograft.recipes.documents import drop_near_duplicates, read_documents
 
 #: Distinct documents that a trial wants of each sort; see `evaluate.gate.GateRules`.
 _TRIAL_DOCUMENTS = 60
-_CHILD_SECONDS = 900.0
+_LOOK_S = 0.3
+_STILL_S = 300.0
+# Peak learning rates: of a made model, of its descendant, and of a descendant of a person's own.
+_FRESH_RATE, _FURTHER_RATE, _OWN_RATE = 5e-3, 1e-3, 1e-4
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +56,9 @@ class WorldOptions:
     data: Path | None = None
     general: Path | None = None
     seed: int = 0
-    base_steps: int = 160
-    descendant_steps: int = 20
-    stranger_steps: int = 130
+    base_steps: int = 180
+    descendant_steps: int = 30
+    stranger_steps: int = 100
     donor_notes: int = 3000
     own_notes: int = 130
     retention_documents: int = 130
@@ -193,9 +200,6 @@ class _Maker:
         demo_text.save_texts(self._directory / "donor.jsonl", mixed)
 
     def _models(self, general: Path) -> tuple[Path, Path, Path]:
-        # Here, because the rest of this module is needed where torch is not installed.
-        from allograft.cli.demo.pretrain import PretrainJob, write_shape
-
         options = self._options
         shape = options.base or self._directory / "shape"
         if options.base is None:
@@ -205,77 +209,66 @@ class _Maker:
             raise RejectedError("AG-DEM-011", "there is no config.json in the base directory")
         base = options.base or self._directory / "base"
         descendant, stranger = self._directory / "descendant", self._directory / "stranger"
-        alien = PretrainJob(
-            str(shape), str(general), str(stranger), True,
-            options.stranger_steps if options.base is None else 0, 3e-3,
-            options.seed + 101, self._threads,
-        )  # fmt: skip
-        with _beside(alien, self._directory / "stranger.log") as finish:
-            if options.base is None:
-                self._train(
-                    "base model",
-                    PretrainJob(
-                        str(shape), str(general), str(base), True, options.base_steps, 3e-3,
-                        options.seed + 1, self._threads,
-                    ),
+        made, text = options.base is None, str(general)
+        seed, threads = 1000 * options.seed, self._threads
+        alien_steps = options.stranger_steps if made else 0
+        alien_job = PretrainJob(
+            str(shape), text, str(stranger), True, alien_steps, _FRESH_RATE, seed + 3, threads
+        )
+        with self._training(alien_job) as alien:
+            if made:
+                job = PretrainJob(
+                    str(shape), text, str(base), True, options.base_steps, _FRESH_RATE, seed + 1,
+                    threads,
                 )  # fmt: skip
-            self._train(
-                "further-trained descendant",
-                PretrainJob(
-                    str(base), str(general), str(descendant), False, options.descendant_steps,
-                    1e-3 if options.base is None else 1e-4, options.seed + 7, self._threads,
-                ),
+                with self._phase("base model"), self._training(job) as child:
+                    self._finish("base model", child)
+            job = PretrainJob(
+                str(base), text, str(descendant), False, options.descendant_steps,
+                _FURTHER_RATE if made else _OWN_RATE, seed + 2, threads,
             )  # fmt: skip
+            with self._phase("further-trained descendant"), self._training(job) as child:
+                self._finish("further-trained descendant", child)
             with self._phase("independent model"):
-                finish()
+                self._finish("independent model", alien)
         return base, descendant, stranger
 
-    def _train(self, name: str, job: object) -> None:
-        from allograft.cli.demo.pretrain import PretrainJob, run_job
+    @contextlib.contextmanager
+    def _training(self, job: PretrainJob) -> Iterator[Reporter]:
+        """Train one model in a process of its own, which never outlives the block."""
+        command = [sys.executable, "-m", "allograft.cli.demo.pretrain", json.dumps(asdict(job))]
+        with reporting(command, Path(job.out).with_suffix(".log")) as child:
+            yield child
 
-        assert isinstance(job, PretrainJob)
-        with self._phase(name):
-            run_job(job, lambda step: self._progress(name, step.number / step.steps))
+    def _finish(self, name: str, child: Reporter) -> None:
+        """Wait for a training process, as long as it moves.
 
-
-@contextlib.contextmanager
-def _beside(job: object, log: Path) -> Iterator[Callable[[], None]]:
-    """Run a job in a process of its own, which never outlives the block.
-
-    Yields:
-        A function that waits for the job and raises AG-DEM-012 if it failed.
-    """
-    from allograft.cli.demo.pretrain import PretrainJob, job_to_text
-
-    assert isinstance(job, PretrainJob)
-    with log.open("wb") as output:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "allograft.cli.demo.pretrain", job_to_text(job)],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            # Ctrl-C must reach this process only, which then ends the child below.
-            start_new_session=True,
-        )
-
-    def finish() -> None:
-        try:
-            status = child.wait(_CHILD_SECONDS)
-        except subprocess.TimeoutExpired as error:
-            raise UnavailableError("AG-DEM-012", "a model took too long to train") from error
-        if status:
-            raise UnavailableError("AG-DEM-012", f"training ended with status {status}")
-
-    try:
-        yield finish
-    finally:
-        child.kill()
-        child.wait()
+        Raises:
+            RejectedError: The code that the process refused with.
+            UnavailableError: AG-DEM-012 if it died or stands still.
+        """
+        last, since_s = child.last(), time.monotonic()
+        while child.process.poll() is None:
+            time.sleep(_LOOK_S)
+            said = child.last()
+            if said != last:
+                last, since_s = said, time.monotonic()
+                if "of" in said:
+                    done, of = canonical.as_int(said["done"]), canonical.as_int(said["of"])
+                    self._progress(name, done / of)
+            if time.monotonic() - since_s > _STILL_S:
+                raise UnavailableError("AG-DEM-012", f"training the {name} stands still")
+        if child.process.returncode:
+            if "error" in (said := child.last()):
+                error = canonical.as_mapping(said["error"])
+                raise RejectedError(
+                    canonical.as_text(error["code"]), canonical.as_text(error["cause"])
+                )
+            status = child.process.returncode
+            raise UnavailableError("AG-DEM-012", f"training the {name} ended with {status}")
 
 
 def _read_texts(path: Path) -> list[str]:
-    from allograft.recipes.text import drop_near_duplicates, read_documents
-
     return [document.text for document in drop_near_duplicates(read_documents(path))]
 
 

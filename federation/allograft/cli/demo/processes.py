@@ -34,6 +34,8 @@ def environment() -> dict[str, str]:
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "HF_HUB_OFFLINE": "1",
         "PYTHONUNBUFFERED": "1",
+        # Threads that wait for each other must not spin: a dozen processes share this machine.
+        "OMP_WAIT_POLICY": "PASSIVE",
     }
 
 
@@ -83,6 +85,33 @@ def run_command(
     except subprocess.TimeoutExpired as error:
         cause = f"{' '.join(arguments[:2])} did not end within {timeout_s:.0f} s"
         raise UnavailableError("AG-DEM-002", cause) from error
+
+
+@dataclass(frozen=True)
+class Reporter:
+    """A program that says how it stands in lines of JSON, which a file collects."""
+
+    process: subprocess.Popen[bytes]
+    output: Path
+
+    def last(self) -> Mapping[str, canonical.Json]:
+        """The newest whole line that holds an object; empty before the first."""
+        for line in reversed(self.output.read_bytes().split(b"\n")[:-1]):
+            with contextlib.suppress(ValueError, RejectedError):
+                return canonical.as_mapping(json.loads(line))
+        return {}
+
+
+@contextlib.contextmanager
+def reporting(arguments: Sequence[str], output: Path) -> Iterator[Reporter]:
+    """Run a program beside this one; it is ended when the block is left, however that happens."""
+    with output.open("wb") as sink:
+        process = _spawn(arguments, sink)
+    try:
+        yield Reporter(process, output)
+    finally:
+        process.kill()
+        process.wait()
 
 
 def free_port() -> int:

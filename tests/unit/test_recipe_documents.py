@@ -10,13 +10,13 @@ import torch
 from hypothesis import given, strategies as st
 
 from allograft.errors import RejectedError
-from allograft.recipes.text import (
+from allograft.recipes.documents import (
     Document,
     drop_near_duplicates,
-    make_windows,
     read_documents,
     split_documents,
 )
+from allograft.recipes.windows import make_windows
 
 
 class Letters:

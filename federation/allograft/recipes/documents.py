@@ -1,33 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Private text in, windows of tokens out.
+"""Private text in, documents out. Free of tensor libraries.
 
-Invariant: nothing crosses a document. Documents are deduplicated and split *before* they are cut
-into windows, and tokenised one at a time: a split by window would put halves of one document on
-both sides, and one very long string can take a tokenizer many minutes.
+Invariant: documents are deduplicated and split *before* they are cut into windows: a split by
+window would put halves of one document on both sides.
 """
 
 from __future__ import annotations
 
 import gzip
-import hashlib
 import json
 import random
 import re
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from allograft.errors import RejectedError
 
 #: Characters of the normalised beginning by which two documents count as near-duplicates.
 PREFIX_CHARS = 100
-
-#: A longer document is tokenised in pieces that end at white space.
-_PIECE_CHARS = 20_000
 
 _SEPARATOR = "<|endoftext|>"
 _PAIRS = (("prompt", "completion"), ("question", "answer"))
@@ -48,31 +40,6 @@ class Document:
     def text(self) -> str:
         """The whole text."""
         return f"{self.prompt}\n{self.body}" if self.prompt else self.body
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Windows:
-    """Token windows of one length.
-
-    Shapes: `tokens` [n, length] with padding on the right, `lengths` [n] (real tokens, at least
-    2), `documents` [n] (which document a window begins in). `text_bytes` counts UTF-8 bytes of
-    all text, for bits per byte.
-    """
-
-    tokens: torch.Tensor
-    lengths: torch.Tensor
-    documents: torch.Tensor
-    text_bytes: int
-
-    def __len__(self) -> int:
-        return int(self.tokens.shape[0])
-
-    def digest(self) -> str:
-        """SHA-256 over all tokens and lengths."""
-        whole = hashlib.sha256(repr(tuple(self.tokens.shape)).encode())
-        whole.update(self.tokens.contiguous().numpy().tobytes())
-        whole.update(self.lengths.contiguous().numpy().tobytes())
-        return whole.hexdigest()
 
 
 def read_documents(path: Path) -> list[Document]:
@@ -166,67 +133,3 @@ def split_documents(
     held = set(order[:count])
     train = [document for index, document in enumerate(unique) if index not in held]
     return train, [unique[index] for index in sorted(held)]
-
-
-def make_windows(
-    documents: Sequence[Document], tokenizer: Any, length: int, *, packed: bool = False
-) -> Windows:
-    """Cut documents into windows of `length` tokens.
-
-    Args:
-        documents: Already split.
-        tokenizer: A transformers tokenizer.
-        length: Tokens per window, at least 2.
-        packed: Join documents end to end, which wastes no padding but lets a window span several
-            documents. For training without a per-document privacy unit, and never for evaluation.
-
-    Raises:
-        RejectedError: AG-RCP-030 if no window results, AG-RCP-035 for a length below 2.
-    """
-    if length < 2:
-        raise RejectedError("AG-RCP-035", "a window needs at least two tokens")
-    rows: list[list[int]] = []
-    owners: list[int] = []
-    stream: list[int] = []
-    for number, document in enumerate(documents):
-        stream += _tokenize(document.text, tokenizer)
-        whole = len(stream) // length * length if packed else len(stream)
-        for start in range(0, whole, length):
-            rows.append(stream[start : start + length])
-            owners.append(number)
-        stream = stream[whole:] if packed else []
-    if stream:
-        rows.append(stream)
-        owners.append(len(documents) - 1)
-    usable = [(row, owner) for row, owner in zip(rows, owners, strict=True) if len(row) >= 2]
-    if not usable:
-        raise RejectedError("AG-RCP-030", "the documents are too short for a single window")
-    tokens = torch.zeros(len(usable), length, dtype=torch.int64)
-    for index, (row, _) in enumerate(usable):
-        tokens[index, : len(row)] = torch.tensor(row)
-    return Windows(
-        tokens=tokens,
-        lengths=torch.tensor([len(row) for row, _ in usable]),
-        documents=torch.tensor([owner for _, owner in usable]),
-        text_bytes=sum(len(document.text.encode()) for document in documents),
-    )
-
-
-def _tokenize(text: str, tokenizer: Any) -> list[int]:
-    """A document's tokens, with the tokenizer's own special tokens and an end mark."""
-    ids: list[int] = []
-    for index, piece in enumerate(_pieces(text)):
-        ids += tokenizer.encode(piece, add_special_tokens=index == 0, verbose=False)
-    end = tokenizer.eos_token_id
-    if end is not None and (not ids or ids[-1] != end):
-        ids.append(end)
-    return ids
-
-
-def _pieces(text: str) -> Iterator[str]:
-    while len(text) > _PIECE_CHARS:
-        cut = max(text.rfind(mark, 1, _PIECE_CHARS) for mark in ("\n", " "))
-        cut = cut if cut > 0 else _PIECE_CHARS
-        yield text[:cut]
-        text = text[cut:]
-    yield text
