@@ -11,12 +11,12 @@ from __future__ import annotations
 from functools import cache
 
 import grpc
-from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from allograft.errors import RejectedError, UnavailableError
 from allograft.limits import LIMITS
-from allograft.relay.app import BODY, ENVELOPE, MESSAGE_TYPES, RECORD, STYPE
+from allograft.relay.app import BODY, ENVELOPE, MESSAGE_TYPES, RECORD, SMALL_BYTES, STYPE
 from allograft.wire.v1 import relay_pb2, relay_pb2_grpc
 
 #: Key of the SuperNode's node configuration that names the daemon's socket.
@@ -40,7 +40,13 @@ def _door(socket_path: str) -> relay_pb2_grpc.SiteCourierStub:
 
 
 def to_record(frame: relay_pb2.Frame) -> RecordDict:
-    """A frame as Flower carries it: two arrays of bytes that Flower does not interpret."""
+    """A frame as Flower carries it: bytes that Flower does not interpret.
+
+    A small frame is one record, because each object of a message costs a request at every hop;
+    a large one is two arrays, because only arrays are moved in chunks.
+    """
+    if len(frame.envelope) + len(frame.body) <= SMALL_BYTES:
+        return RecordDict({RECORD: ConfigRecord({ENVELOPE: frame.envelope, BODY: frame.body})})
     return RecordDict(
         {RECORD: ArrayRecord({ENVELOPE: _to_array(frame.envelope), BODY: _to_array(frame.body)})}
     )
@@ -52,10 +58,12 @@ def from_record(content: RecordDict) -> relay_pb2.Frame:
     Raises:
         RejectedError: AG-RLY-001 if the message has another shape.
     """
-    record = content.array_records.get(RECORD)
-    if record is None or set(record) != {ENVELOPE, BODY} or len(content) != 1:
-        raise RejectedError("AG-RLY-001", "a Flower message does not hold one frame")
-    return relay_pb2.Frame(envelope=record[ENVELOPE].data, body=record[BODY].data)
+    record = content.get(RECORD)
+    if isinstance(record, ArrayRecord | ConfigRecord) and set(record) == {ENVELOPE, BODY}:
+        fields = [getattr(record[name], "data", record[name]) for name in (ENVELOPE, BODY)]
+        if len(content) == 1 and all(isinstance(field, bytes) for field in fields):
+            return relay_pb2.Frame(envelope=fields[0], body=fields[1])
+    raise RejectedError("AG-RLY-001", "a Flower message does not hold one frame")
 
 
 def _to_array(content: bytes) -> Array:

@@ -10,6 +10,7 @@ import typer
 
 from allograft.cli.shell import Format, FormatOption, emit
 from allograft_client import requests
+from allograft_client.follow import follow
 from allograft_client.main_model import finish
 from allograft_client.options import StateOption, TimeoutOption, WaitOption, open_state
 from allograft_client.plan import DonationPlan
@@ -19,6 +20,7 @@ from allograft_client.site import Site
 PacketArgument = Annotated[str, typer.Argument(help="Packet id, or the beginning of one.")]
 
 packet_app = typer.Typer(no_args_is_help=True, help="One packet in detail.")
+packet_app.command("follow")(follow)
 
 
 def donate(

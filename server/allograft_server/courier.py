@@ -17,20 +17,21 @@ from dataclasses import dataclass, replace
 from typing import Protocol
 
 import grpc
-from flwr.app import Array, ArrayRecord, Context, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from allograft.limits import LIMITS
-from allograft.relay.app import BODY, ENVELOPE, MESSAGE_TYPES, RECORD, STYPE
+from allograft.relay.app import BODY, ENVELOPE, MESSAGE_TYPES, RECORD, SMALL_BYTES, STYPE
 from allograft.wire.v1 import relay_pb2, relay_pb2_grpc
 from allograft_server.settings import SOCKET_VARIABLE
 
 # A node that has answered nothing for this long has lost what it was sent.
 STALL_S = 120.0
-# A SuperNode takes more than a second for a message, so looking more often finds nothing.
-_TICK_S = 0.25
-_IDLE_TICK_S = 0.5
-_NODES_S = 1.0
+# Each look is a request to the SuperLink, which takes about 20 ms of a processor. A SuperNode takes
+# more than a second for a message; only parts, one behind another, are worth looking for often.
+_PARTS_TICK_S = 0.25
+_TICK_S = 0.5
+_NODES_S = 2.0
 _MESSAGE_TTL_S = float(LIMITS.frame_age_s)
 _RPC_TIMEOUT_S = 30.0
 _CHANNEL_OPTIONS = (
@@ -66,7 +67,7 @@ def main(grid: Grid, context: Context) -> None:
         courier = Courier(grid, relay_pb2_grpc.CoordinatorCourierStub(channel))
         while True:
             if not courier.tick():
-                time.sleep(_TICK_S if courier.is_waiting else _IDLE_TICK_S)
+                time.sleep(_PARTS_TICK_S if courier.carries_parts else _TICK_S)
 
 
 class Courier:
@@ -82,9 +83,9 @@ class Courier:
         self._looked_s = -_NODES_S
 
     @property
-    def is_waiting(self) -> bool:
-        """Whether any call is on its way."""
-        return bool(self._carried)
+    def carries_parts(self) -> bool:
+        """Whether any part is on its way."""
+        return any(carried.method != "poll" for carried in self._carried.values())
 
     def tick(self) -> bool:
         """Send what is to be sent, bring what was answered; false if nothing moved."""
@@ -186,7 +187,13 @@ class Courier:
 
 
 def pack(frame: relay_pb2.Frame) -> RecordDict:
-    """A frame as the content of a message: two opaque arrays."""
+    """A frame as the content of a message.
+
+    A small frame is one record of bytes: each object of a message costs a request at every hop,
+    and a record has a third of the objects of two arrays. Only arrays are moved in chunks.
+    """
+    if len(frame.envelope) + len(frame.body) <= SMALL_BYTES:
+        return RecordDict({RECORD: ConfigRecord({ENVELOPE: frame.envelope, BODY: frame.body})})
     return RecordDict(
         {RECORD: ArrayRecord({ENVELOPE: _array(frame.envelope), BODY: _array(frame.body)})}
     )
@@ -195,9 +202,12 @@ def pack(frame: relay_pb2.Frame) -> RecordDict:
 def unpack(content: RecordDict) -> relay_pb2.Frame | None:
     """The frame in a message, or nothing if the content has another shape."""
     record = content.get(RECORD)
-    if not isinstance(record, ArrayRecord) or set(record) != {ENVELOPE, BODY}:
+    if not isinstance(record, ArrayRecord | ConfigRecord) or set(record) != {ENVELOPE, BODY}:
         return None
-    return relay_pb2.Frame(envelope=record[ENVELOPE].data, body=record[BODY].data)
+    fields = [getattr(record[name], "data", record[name]) for name in (ENVELOPE, BODY)]
+    if not all(isinstance(field, bytes) for field in fields):
+        return None
+    return relay_pb2.Frame(envelope=fields[0], body=fields[1])
 
 
 def _array(content: bytes) -> Array:

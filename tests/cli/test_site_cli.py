@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 import tomllib
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,7 @@ from allograft.provenance.lineage import describe_base
 from allograft.provenance.statement import write_base
 from allograft_client import site as site_module
 from allograft_client.daemon import Daemon
+from allograft_client.rows import PacketRow
 from allograft_client.settings import Home
 from kit.consortium import POLICY, SHAPE, ScriptedRunner, write_model
 from kit.founding import Founded, run_site, run_site_json
@@ -275,3 +277,42 @@ def test_help_loads_neither_tensors_nor_flower():
 
 def test_settings_written_by_init_can_be_read(state):
     assert tomllib.loads((state / "site.toml").read_text())["site"] == "hospital-a"
+
+
+class TestFollow:
+    """`packet follow`."""
+
+    PACKET = "ab" * 16
+
+    def arrive(self, state) -> site_module.Site:
+        site = site_module.open_site(Home(state))
+        row = PacketRow(
+            packet_id=self.PACKET, role="recipient", donor="hospital-b", kind="", model="",
+            dispatch_id="", state="received", code="", reason="all parts are here", facts={},
+            time="2026-11-23T08:00:00Z",
+        )  # fmt: skip
+        site.store.add_packet(row)
+        return site
+
+    def test_tells_every_change_until_the_wanted_state(self, joined):
+        site = self.arrive(joined)
+        program = Path(sys.executable).with_name("allograft-site")
+        command = [str(program), "packet", "follow"]
+        options = ["--until", "refused", "--state", str(joined), "--format", "json"]
+        with subprocess.Popen(
+            [*command, self.PACKET[:8], *options], stdout=subprocess.PIPE, text=True
+        ) as follower:
+            first = json.loads(follower.stdout.readline())
+            site.store.move_packet(self.PACKET, ["received"], "refused", "not here", "AG-RCP-013")
+            second = json.loads(follower.stdout.readline())
+            assert follower.wait(30) == 0
+        assert (first["packet_id"], first["state"]) == (self.PACKET, "received")
+        assert (second["state"], second["code"]) == ("refused", "AG-RCP-013")
+
+    def test_waits_for_a_packet_that_is_not_here_yet_and_says_so_at_the_end(self, joined, capsys):
+        arguments = ("packet", "follow", self.PACKET, "--timeout", "1", "--state", joined)
+        assert refusal(capsys, *arguments) == (3, "AG-SIT-009")
+
+    def test_refuses_a_state_that_no_packet_can_have(self, joined, capsys):
+        arguments = ("packet", "follow", self.PACKET, "--until", "done", "--state", joined)
+        assert refusal(capsys, *arguments) == (1, "AG-IN-003")

@@ -182,7 +182,8 @@ def test_reports_a_flower_error_as_a_failed_call(
     "content",
     [
         RecordDict({}),
-        RecordDict({"frame": ConfigRecord({"envelope": b"", "body": b""})}),
+        RecordDict({"frame": ConfigRecord({"envelope": b""})}),
+        RecordDict({"frame": ConfigRecord({"envelope": b"", "body": "text"})}),
         RecordDict({"frame": ArrayRecord({})}),
     ],
 )
@@ -275,7 +276,10 @@ def test_every_courier_process_is_a_session_of_its_own(grid: FakeGrid, daemon: F
     assert len(daemon.sessions) == 2
 
 
-def test_an_array_of_flower_keeps_its_bytes() -> None:
-    array = pack(FRAME)["frame"]["body"]
+def test_a_small_frame_is_one_record_and_a_large_one_is_arrays_of_its_bytes() -> None:
+    assert isinstance(pack(FRAME)["frame"], ConfigRecord)
+    large = relay_pb2.Frame(envelope=b"envelope", body=b"\x07" * 300_000)
+    array = pack(large)["frame"]["body"]
     assert isinstance(array, Array)
-    assert (array.dtype, array.shape, array.stype) == ("uint8", (4,), "opaque")
+    assert (array.dtype, array.shape, array.stype) == ("uint8", (300_000,), "opaque")
+    assert unpack(pack(large)) == large

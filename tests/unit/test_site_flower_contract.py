@@ -4,11 +4,13 @@
 import inspect
 from importlib.metadata import version
 
-from flwr.app import Array, ArrayRecord, RecordDict
+import pytest
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from flwr.common.constant import ErrorCode, SubStatus
 from flwr.proto.runtime_pb2 import AcquireTaskRequest, AcquireTaskResponse
 from flwr.supercore.auth import load_superexec_auth_secret
 from flwr.supercore.constant import TaskType
+from flwr.supercore.inflatable.inflatable_object import InflatableObject
 from flwr.supercore.interceptors import (
     RuntimeTokenHttpInterceptor,
     RuntimeVersionHttpInterceptor,
@@ -66,15 +68,19 @@ def test_a_node_still_waits_for_its_one_reply():
     assert "while not (reply_messages" in inspect.getsource(_push_messages)
 
 
-def test_a_frame_survives_flowers_own_serialisation():
-    frame = relay_pb2.Frame(envelope=b"{}", body=b"\x00" * 70_000)
+@pytest.mark.parametrize(("size", "kind"), [(70_000, ConfigRecord), (700_000, ArrayRecord)])
+def test_a_frame_survives_flowers_own_serialisation(size, kind):
+    frame = relay_pb2.Frame(envelope=b"{}", body=b"\x00" * size)
     record = courier.to_record(frame)
-    array = record.array_records["frame"]["body"]
-    copied = Array(array.dtype, tuple(array.shape), array.stype, bytes(array.data))
-    again = RecordDict(
-        {"frame": ArrayRecord({"envelope": record["frame"]["envelope"], "body": copied})}
-    )
-    assert courier.from_record(again) == frame
+    assert isinstance(record["frame"], kind)
+    moved = {name: inflated(child) for name, child in record.items()}
+    assert courier.from_record(RecordDict(moved)) == frame
+
+
+def inflated(record: InflatableObject) -> InflatableObject:
+    """A record as the next process sees it: taken apart into objects and put together again."""
+    children = {name: inflated(child) for name, child in (record.children or {}).items()}
+    return type(record).inflate(record.deflate(), children)
 
 
 def test_an_empty_body_is_a_frame_too():

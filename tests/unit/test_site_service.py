@@ -165,6 +165,7 @@ def test_the_courier_says_so_when_the_daemon_is_away(run, identity):
     [
         RecordDict(),
         RecordDict({"frame": ConfigRecord({"envelope": b"{}"})}),
+        RecordDict({"frame": ConfigRecord({"envelope": b"{}", "body": 7})}),
         RecordDict({"frame": ArrayRecord({"envelope": Array("uint8", (1,), "opaque", b"x")})}),
     ],
 )

@@ -11,9 +11,11 @@ COURIER_APP_SHA256 = "2773ac4744b870dd41dfb33d1a871f14a2dea9946d03b7f24fd0d2a12d
 #: The three message types, one for each method of a frame.
 MESSAGE_TYPES = {"poll": "query.poll", "take": "query.take", "put": "query.put"}
 
-#: Where a frame lies in a message: RecordDict[RECORD] is an ArrayRecord with these two arrays,
-#: each one-dimensional uint8 of stype STYPE. The body may be empty.
+#: Where a frame lies in a message, under RECORD. Up to SMALL_BYTES in all: a ConfigRecord of two
+#: byte fields. Above: an ArrayRecord of two one-dimensional uint8 arrays of stype STYPE. The body
+#: may be empty.
 RECORD = "frame"
 ENVELOPE = "envelope"
 BODY = "body"
 STYPE = "opaque"
+SMALL_BYTES = 256 << 10

@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from allograft.cli.demo.base import OwnFiles, World
-from allograft.cli.demo.processes import Daemons, free_port, run_json
+from allograft.cli.demo.processes import Daemons, Reporter, at_once, free_port, reporting, run_json
 from allograft.crypto import canonical
 from allograft.durable import durable_write
 
@@ -83,11 +85,6 @@ class SiteHome:
         )  # fmt: skip
         return canonical.as_text(answer["packet_id"])
 
-    def find_packet(self, packet_id: str) -> Mapping[str, Any] | None:
-        """A packet as the site describes it, or nothing if it is not there."""
-        rows: list[Mapping[str, Any]] = self.command("packets")["packets"]
-        return next((row for row in rows if row["packet_id"] == packet_id), None)
-
     def packet(self, packet_id: str) -> Mapping[str, Any]:
         """A packet that is there."""
         return self.command("packet", "show", packet_id)
@@ -101,11 +98,15 @@ class SiteHome:
         """Where the site stores the sealed packet."""
         return self.state / "packets" / packet_id / "sealed"
 
-    def progress(self) -> str:
-        """What the site's worker says it is doing."""
-        jobs: list[Mapping[str, Any]] = self.command("status").get("jobs", [])
-        running = [job for job in jobs if job.get("state") == "running"]
-        return str(running[0].get("progress", "")) if running else ""
+    def following(self, packet_id: str) -> AbstractContextManager[Reporter]:
+        """`allograft-site packet follow`: the packet's changes here, as they happen."""
+        return reporting(
+            [
+                "allograft-site", "packet", "follow", packet_id,
+                "--state", str(self.state), "--format", "json",
+            ],
+            self._consortium.daemons.log_directory / f"{self.name}.follow.jsonl",
+        )  # fmt: skip
 
 
 class Consortium:
@@ -118,6 +119,7 @@ class Consortium:
         self.published = directory / "published"
         self._roster = directory / "roster"
         self._root_fingerprint = ""
+        self._fingerprints: Mapping[str, str] = {}
         self.sites = {name: SiteHome(name, directory / "sites" / name, self) for name in names}
 
     def found(self, note: Callable[[str, float], None]) -> None:
@@ -125,10 +127,11 @@ class Consortium:
         steps: list[tuple[str, Callable[[], None]]] = [
             ("the coordinator makes its keys", self._init_coordinator),
             ("the keepers make the root keys", self._init_roster),
+            ("the sites make their keys", self._init_sites),
             *((f"{site.name} enrols", self._enrolment(site)) for site in self.sites.values()),
             ("the keepers publish the roster", self._publish),
             ("the coordinator starts", self._start_coordinator),
-            *((f"{site.name} joins", self._joining(site)) for site in self.sites.values()),
+            ("the sites join", self._join),
         ]
         for number, (title, step) in enumerate(steps):
             note(title, number / len(steps))
@@ -148,15 +151,19 @@ class Consortium:
             ]
         )  # fmt: skip
 
+    def _init_sites(self) -> None:
+        made = at_once(site.make_keys for site in self.sites.values())
+        self._fingerprints = {
+            name: str(keys["fingerprint"]) for name, keys in zip(self.sites, made, strict=True)
+        }
+
     def _enrolment(self, site: SiteHome) -> Callable[[], None]:
         def enrol() -> None:
-            made = site.make_keys()
             request = site.state / f"{site.name}.enrol.json"
-            fingerprint = str(made["fingerprint"])
             run_json(
                 [
                     "allograft", "roster", "enrol", str(self._roster), str(request),
-                    "--fingerprint", fingerprint,
+                    "--fingerprint", self._fingerprints[site.name],
                 ]
             )  # fmt: skip
 
@@ -172,13 +179,12 @@ class Consortium:
         state = str(self.coordinator_state)
         self.daemons.start("coordinator", ["allograft-coordinator", "serve", "--state", state])
 
-    def _joining(self, site: SiteHome) -> Callable[[], None]:
-        def join() -> None:
-            invitation = str(self.published / "invitation.json")
-            site.command("join", invitation, "--root-fingerprint", self._root_fingerprint)
+    def _join(self) -> None:
+        invitation = str(self.published / "invitation.json")
+        trusted = ("--root-fingerprint", self._root_fingerprint)
+        at_once(partial(site.command, "join", invitation, *trusted) for site in self.sites.values())
+        for site in self.sites.values():
             self.daemons.start(site.name, ["allograft-site", "serve", "--state", str(site.state)])
-
-        return join
 
     def _coordinator(self, *arguments: str) -> Mapping[str, canonical.Json]:
         state = str(self.coordinator_state)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +19,14 @@ from rich.console import Console
 from allograft.cli.demo.base import OwnFiles, World, WorldOptions, make_world
 from allograft.cli.demo.consortium import Consortium, SiteHome
 from allograft.cli.demo.hostile import HostileCoordinator, tamper
-from allograft.cli.demo.processes import Daemons, read_error, run_command, run_json
+from allograft.cli.demo.processes import (
+    Daemons,
+    Reporter,
+    at_once,
+    read_error,
+    run_command,
+    run_json,
+)
 from allograft.cli.demo.report import (
     Audit,
     Foreign,
@@ -42,7 +50,8 @@ ROLES = {
 T = TypeVar("T")
 
 _STILL_S = 180.0
-_LOOK_S = 2.5  # each look is a command of its own, and the machine has work to do
+_GLANCE_S = 0.3
+_COMMAND_S = 2.5  # where each look is a command of its own, and the machine has work to do
 _FINAL = {"kept", "reverted", "refused", "quarantined"}
 
 
@@ -113,10 +122,11 @@ def _settle_in(consortium: Consortium, world: World, stages: Stages) -> None:
         RELATIVE: (world.descendant, world.descendant_files),
         STRANGER: (world.stranger, world.stranger_files),
     }
-    with stages.stage("Each site adds its own model, text and policy") as stage:
-        for number, (name, (model, own)) in enumerate(files.items()):
-            stage.note(f"{name}: {ROLES[name]}", number / len(files))
-            consortium.sites[name].settle_in(model, own)
+    with stages.stage("Each site adds its own model, text and policy"):
+        at_once(
+            partial(consortium.sites[name].settle_in, model, own)
+            for name, (model, own) in files.items()
+        )
     for name, role in ROLES.items():
         stages.say(f"{name}: {role}")
 
@@ -184,7 +194,12 @@ def _attack(directory: Path, consortium: Consortium, packet_id: str, stages: Sta
         key = read_signing_key(consortium.coordinator_state / "keys" / "signing.pem")
         hostile = HostileCoordinator(consortium.coordinator_id, key)
         hostile.deliver(copy, site.name, site.socket)
-        found = _await(consortium, lambda: ("arriving", site.extras(packet_id) or None), stage.note)
+        found = _await(
+            consortium,
+            lambda: ("arriving", site.extras(packet_id) or None),
+            stage.note,
+            _COMMAND_S,
+        )
     state, code, reason = (str(found[0][name]) for name in ("state", "code", "reason"))
     if state != "quarantined" or code == "AG-SIT-010":
         raise RejectedError("AG-DEM-004", f"the tampered copy ended {state} with {code}")
@@ -271,37 +286,57 @@ def _await_state(
     note: Callable[[str], None],
 ) -> Mapping[str, Any]:
     """Wait until a packet is in one of some states at a site."""
+    with site.following(packet_id) as reporter:
 
-    def look() -> tuple[str, Mapping[str, Any] | None]:
-        row = site.find_packet(packet_id)
-        if row is None:
-            return f"{site.name}: on its way", None
-        if row["state"] in states:
-            return str(row["state"]), row
-        if row["state"] in {"failed", "refused"}:
-            cause = f"{site.name}: {row['state']}, {row['code']} {row['reason']}"
-            raise RejectedError("AG-DEM-001", cause)
-        return f"{site.name}: {site.progress() or row['state']}", None
+        def look() -> tuple[str, bool]:
+            seen = _read_glimpse(site, reporter)
+            if not seen:
+                return f"{site.name}: on its way", False
+            if seen["state"] in states:
+                return str(seen["state"]), True
+            if seen["state"] in {"failed", "refused"}:
+                cause = f"{site.name}: {seen['state']}, {seen['code']} {seen['reason']}"
+                raise RejectedError("AG-DEM-001", cause)
+            return f"{site.name}: {seen['progress'] or seen['state']}", False
 
-    return _await(consortium, look, note)
+        _await(consortium, look, note, _GLANCE_S)
+    return site.packet(packet_id)
 
 
 def _await_receipts(
     consortium: Consortium, packet_id: str, sites: set[str], note: Callable[[str], None]
 ) -> Mapping[str, Any]:
     donor = consortium.sites[DONOR]
+    with donor.following(packet_id) as reporter:
 
-    def look() -> tuple[str, Mapping[str, Any] | None]:
-        row = donor.packet(packet_id)
-        missing = sites - {str(receipt["site"]) for receipt in row["receipts"]}
-        words = f"{DONOR}: waits for receipts of {', '.join(sorted(missing))}"
-        return words, None if missing else row
+        def look() -> tuple[str, bool]:
+            seen = _read_glimpse(donor, reporter)
+            missing = sites - {str(receipt["site"]) for receipt in seen.get("receipts", ())}
+            words = f"{DONOR}: waits for receipts of {', '.join(sorted(missing))}"
+            return words, not missing
 
-    return _await(consortium, look, note)
+        _await(consortium, look, note, _GLANCE_S)
+    return donor.packet(packet_id)
+
+
+def _read_glimpse(site: SiteHome, reporter: Reporter) -> Mapping[str, Any]:
+    """What `packet follow` said last; empty before the packet is there.
+
+    Raises:
+        RejectedError: AG-DEM-001 if the command failed.
+    """
+    seen: Mapping[str, Any] = reporter.last()
+    if "error" in seen:
+        cause = f"packet follow at {site.name}: {seen['error']['code']}: {seen['error']['cause']}"
+        raise RejectedError("AG-DEM-001", cause)
+    return seen
 
 
 def _await(
-    consortium: Consortium, look: Callable[[], tuple[str, T | None]], note: Callable[[str], None]
+    consortium: Consortium,
+    look: Callable[[], tuple[str, T | None]],
+    note: Callable[[str], None],
+    pause_s: float,
 ) -> T:
     """Call `look` until it finds something, while every daemon is alive and things move.
 
@@ -319,5 +354,5 @@ def _await(
         if words != last:
             last, since_s = words, time.monotonic()
             note(words)
-        time.sleep(_LOOK_S)
+        time.sleep(pause_s)
     raise UnavailableError("AG-DEM-002", f"nothing moved for {_STILL_S:.0f} s; last: {last}")

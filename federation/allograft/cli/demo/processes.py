@@ -15,16 +15,19 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import IO
+from typing import IO, TypeVar
 
 from allograft.crypto import canonical
 from allograft.errors import RejectedError, UnavailableError
 
 _STOP_SECONDS = 20.0
+
+T = TypeVar("T")
 
 
 def environment() -> dict[str, str]:
@@ -51,6 +54,15 @@ def run_json(arguments: Sequence[str], timeout_s: float = 120.0) -> Mapping[str,
         code, cause = read_error(outcome)
         raise RejectedError("AG-DEM-001", f"{' '.join(arguments[:2])}: {code}: {cause}")
     return canonical.as_mapping(json.loads(outcome.stdout))
+
+
+def at_once(calls: Iterable[Callable[[], T]]) -> list[T]:
+    """Run several commands beside each other; results in the order of the calls.
+
+    Two at a time, which is what two cores can use. If one fails, those under way are waited for.
+    """
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        return list(pool.map(lambda call: call(), calls))
 
 
 def read_error(outcome: subprocess.CompletedProcess[str]) -> tuple[str, str]:
