@@ -29,7 +29,7 @@ from allograft_client.journal import configure_journal
 
 # Each look at the SuperNode costs both processes milliseconds of processor time, so an idle site
 # looks seldom; while parts come one after another, waiting would halve their speed.
-_BUSY_S, _BUSY_LOOK_S, _IDLE_LOOK_S = 3.0, 0.05, 0.6
+_BUSY_S, _BUSY_LOOK_S, _IDLE_LOOK_S = 3.0, 0.05, 1.0
 _DOWN_S = 1.0
 
 

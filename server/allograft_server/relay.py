@@ -38,7 +38,7 @@ from allograft_server.store import ItemRow, Store
 # is asked less and less often: every fifth part of the time it has been still, within bounds.
 _ACTIVE_S = 5.0
 _IDLE_POLL_S = 2.0
-_LONGEST_IDLE_POLL_S = 8.0
+_LONGEST_IDLE_POLL_S = 20.0
 _LONGEST_PAUSE_S = 60.0
 _RECEIVING_ITEMS = 64  # per site; more wait in the site's outbox
 _POLL_BUDGET_BYTES = LIMITS.poll_bytes // 2

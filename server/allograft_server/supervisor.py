@@ -251,7 +251,7 @@ class Supervisor:
             "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
             # At INFO each message is three lines, for ever; every call is in the audit file.
             "FLWR_LOG_LEVEL": "WARNING",
-            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.5",
+            "FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "2",
             SOCKET_VARIABLE: str(self.state.socket),
             # Idle thread pools of numeric libraries only cost memory.
             "OMP_NUM_THREADS": "1",

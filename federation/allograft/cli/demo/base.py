@@ -26,6 +26,7 @@ from allograft.recipes.documents import drop_near_duplicates, read_documents
 
 #: Distinct documents that a trial wants of each sort; see `evaluate.gate.GateRules`.
 _TRIAL_DOCUMENTS = 60
+_LARGE_BYTES = 200 << 20  # about 50 million weights; larger models want a gentler rate
 _LOOK_S = 0.3
 _STILL_S = 300.0
 # Peak learning rates: of a made model, of its descendant, and of a descendant of a person's own.
@@ -56,12 +57,12 @@ class WorldOptions:
     data: Path | None = None
     general: Path | None = None
     seed: int = 0
-    base_steps: int = 180
+    base_steps: int = 140
     descendant_steps: int = 30
-    stranger_steps: int = 100
+    stranger_steps: int = 70
     donor_notes: int = 3000
-    own_notes: int = 130
-    retention_documents: int = 130
+    own_notes: int = 100
+    retention_documents: int = 80
     replay: float = 0.25
 
 
@@ -88,6 +89,7 @@ class World:
         stranger_files: Own text of the recipient with the stranger.
         nature: What the donor may truthfully declare its data to be; empty for a person's own.
         domain: The domain in a few words, for the offer.
+        learning_rate: The donor's peak rate, which depends on the size of the base.
         seconds: How long each phase took.
     """
 
@@ -101,6 +103,7 @@ class World:
     stranger_files: OwnFiles
     nature: str
     domain: str
+    learning_rate: float
     seconds: tuple[tuple[str, float], ...] = field(default=())
 
 
@@ -146,6 +149,7 @@ class _Maker:
             stranger_files=OwnFiles(stranger, self._directory / "retention-stranger.jsonl"),
             nature="synthetic" if self._options.data is None else "",
             domain="synthetic clinical notes" if self._options.data is None else "own documents",
+            learning_rate=2e-3 if _weight_bytes(base) < _LARGE_BYTES else 1e-4,
             seconds=tuple(self._seconds),
         )
 
@@ -266,6 +270,10 @@ class _Maker:
                 )
             status = child.process.returncode
             raise UnavailableError("AG-DEM-012", f"training the {name} ended with {status}")
+
+
+def _weight_bytes(model: Path) -> int:
+    return sum(path.stat().st_size for path in model.glob("*.safetensors"))
 
 
 def _read_texts(path: Path) -> list[str]:

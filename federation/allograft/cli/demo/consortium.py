@@ -80,8 +80,8 @@ class SiteHome:
         answer = self.command(
             "donate", "--model", MODEL, "--recipe", recipe, "--data", str(world.donor_data),
             "--domain", world.domain, "--declare", world.nature, "--declared-by", "operator",
-            "--mode", "open", "--steps", str(steps), "--learning-rate", "0.002",
-            "--seed", str(seed), "--no-wait",
+            "--mode", "open", "--steps", str(steps), "--window", "128",
+            "--learning-rate", str(world.learning_rate), "--seed", str(seed), "--no-wait",
         )  # fmt: skip
         return canonical.as_text(answer["packet_id"])
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 from pathlib import Path
 from typing import Annotated
@@ -35,7 +36,7 @@ def demo(
         str, typer.Option(help="What --data is declared to be: public or synthetic.")
     ] = "public",
     recipe: Annotated[str, typer.Option(help="What the donor trains: organ or lora.")] = "organ",
-    steps: Annotated[int, typer.Option(min=1, help="Training steps of the donor.")] = 110,
+    steps: Annotated[int, typer.Option(min=1, help="Training steps of the donor.")] = 140,
     report: Annotated[Path | None, typer.Option(help="Write the outcome as JSON.")] = None,
     keep: Annotated[
         Path | None, typer.Option(help="Leave everything in this new directory.")
@@ -51,6 +52,8 @@ def demo(
     """
     if keep is not None and keep.exists():
         raise typer.BadParameter("--keep names a directory that exists already")
+    if report is not None and not os.access(report.resolve().parent, os.W_OK):
+        raise typer.BadParameter("--report: its directory cannot be written")
     as_json = format is Format.json
     console = Console(stderr=as_json)
     options = PlayOptions(

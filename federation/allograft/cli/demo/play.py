@@ -64,7 +64,7 @@ class PlayOptions:
     general: Path | None = None
     declare: str = "public"
     recipe: str = "organ"
-    steps: int = 110
+    steps: int = 140
     seed: int = 0
 
 
@@ -180,6 +180,8 @@ def _outcome(row: Mapping[str, Any]) -> SiteOutcome:
         state=str(row["state"]),
         reason=reason,
         gain=trial.get("gain"),
+        gain_low=trial.get("gain_low"),
+        null_gain=trial.get("null_gain"),
         retention_change=trial.get("retention_change"),
         dose=trial.get("dose") if row["state"] == "kept" else None,
     )

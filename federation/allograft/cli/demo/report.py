@@ -29,6 +29,8 @@ class SiteOutcome:
         state: The packet's final state there.
         reason: Code or words behind the state.
         gain: Fall of held-out loss on the site's own domain text, nats per token; None untried.
+        gain_low: Lower end of its 95 % interval.
+        null_gain: The same fall for noise of the packet's norm, at its luckiest draw.
         retention_change: Rise of loss on its general text, nats per token; None untried.
         dose: The dose that the gate chose; None untried.
     """
@@ -37,6 +39,8 @@ class SiteOutcome:
     state: str
     reason: str
     gain: float | None = None
+    gain_low: float | None = None
+    null_gain: float | None = None
     retention_change: float | None = None
     dose: float | None = None
 
@@ -93,23 +97,25 @@ def print_report(report: Report, console: Console) -> None:
     """Print the closing tables."""
     packet = report.packet
     sites = Table(title="What happened to the packet", title_justify="left")
-    for column in ("site", "check", "outcome", "domain loss", "general loss", "dose", "why"):
-        sites.add_column(column)
+    for column in ("site", "check", "outcome", "domain", "by noise", "general", "dose"):
+        sites.add_column(column, no_wrap=True)
     for name, site in report.sites.items():
         sites.add_row(
             name,
             site.verdict,
             _outcome(site.state),
             _change(None if site.gain is None else -site.gain),
+            _change(None if site.null_gain is None else -site.null_gain),
             _change(site.retention_change),
             "" if site.dose is None else f"{site.dose:g}",
-            site.reason,
         )
     console.print()
     console.print(sites)
+    for name, site in report.sites.items():
+        console.print(f"  {name}: {site.reason}")
     console.print(
-        "[dim]Loss in nats per token on text the site holds out; negative is better. "
-        "The gate also tried a null packet of equal norm at each site.[/dim]"
+        "[dim]Columns 4 to 6: change of loss in nats per token, on text of the site that no choice "
+        "was made on; negative is better. By noise: a packet of random weights of equal norm.[/dim]"
     )
     checks = Table(title="What was tried against it", title_justify="left", show_header=False)
     checks.add_column("attack")
@@ -139,7 +145,7 @@ def _outcome(state: str) -> str:
 
 
 def _change(value: float | None) -> str:
-    return "not tried" if value is None else f"{value:+.3f}"
+    return "-" if value is None else f"{value:+.3f}"
 
 
 def _result(tampered: Tampered) -> str:
