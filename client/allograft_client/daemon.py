@@ -24,7 +24,6 @@ from allograft.crypto import keystore
 from allograft.durable import durable_write, lock_directory
 from allograft.errors import AllograftError
 from allograft.relay import memory
-from allograft.relay.memory import ENVIRONMENT, return_memory_early
 from allograft_client.card import publish_card
 from allograft_client.exchange import Exchange, Parties
 from allograft_client.jobs import run_lane
@@ -195,7 +194,6 @@ def flower_environment(home: Path) -> dict[str, str]:
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     programs = str(Path(sys.executable).parent)
     return os.environ | {
-        **ENVIRONMENT,
         "FLWR_HOME": str(home),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -219,7 +217,6 @@ def serve(home: Home) -> None:
     Raises:
         AllograftError: As `Daemon.run`.
     """
-    return_memory_early()
     memory.return_memory_early()
     configure_journal(sys.stderr)
     daemon = Daemon(home)
