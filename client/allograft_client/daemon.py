@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 
@@ -25,6 +26,7 @@ from allograft.durable import durable_write, lock_directory
 from allograft.errors import AllograftError
 from allograft.relay import memory
 from allograft_client.card import publish_card
+from allograft_client.contact import Watch
 from allograft_client.exchange import Exchange, Parties
 from allograft_client.jobs import run_lane
 from allograft_client.journal import configure_journal
@@ -106,18 +108,20 @@ class Daemon:
 
     def _loop(self, site: Site, children: Sequence[Child]) -> None:
         ticks = 0
+        watch = Watch(site.store, self._log, datetime.now(UTC))
         while not self._stopped.is_set():
             # Children are started by this thread, because the kernel ends them with it.
             for child in children:
                 child.tend()
             if ticks % round(_UPKEEP_S / _TICK_S) == 0:
-                self._keep_up(site)
+                self._keep_up(site, watch)
             ticks += 1
             self._stopped.wait(_TICK_S)
 
-    def _keep_up(self, site: Site) -> None:
-        """What follows from files and from time: a new card, the end of a packet's retention."""
+    def _keep_up(self, site: Site, watch: Watch) -> None:
+        """What follows from files and from time: a card, the end of retention, a silent peer."""
         try:
+            watch.look(datetime.now(UTC))
             queue_ended(site)
             publish_card(site)
         except AllograftError as error:
