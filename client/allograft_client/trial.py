@@ -2,27 +2,29 @@
 """Trial, keep, revert, recall: a verified packet meets one of this site's models.
 
 Invariants: nothing is tried or kept unless every check of its take-in holds at that moment; what
-is kept is what the gate accepted; what is reverted or recalled leaves no bit in
-the model, and that is measured, not assumed. Every outcome is told by a signed receipt
-in the same transaction that records it.
+is kept is what the gate accepted, on the very stack it was tried on; what is reverted or recalled
+leaves no bit in the model, and that is measured, not assumed. Every outcome is told by a signed
+receipt in the same transaction that records it.
 """
 
 from __future__ import annotations
 
+import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from allograft.crypto import canonical
 from allograft.errors import RejectedError
 from allograft.evaluate.gate import Outcome
 from allograft.evaluate.report import TrialReport
+from allograft.privacy.policy import ReceivePolicy
 from allograft.routing.receipt import State
 from allograft_client.admission import admit_stored, close_opened, open_sealed
 from allograft_client.receipts import answer
-from allograft_client.rows import PacketRow
+from allograft_client.rows import AttachmentRow, ModelRow, PacketRow
 from allograft_client.runner import Progress
-from allograft_client.site import Site
+from allograft_client.site import Site, model_base
 
 #: Codes that speak about the packet or its donor. All others name something that this site can
 #: repair (its text, its model, its policy file, a late roster), so the packet waits for that.
@@ -73,6 +75,7 @@ def try_packet(site: Site, packet_id: str, tell: Progress) -> Mapping[str, Any]:
     site.store.add_packet_facts(
         packet_id,
         trial=figures,
+        tried_on=result["tried_on"],
         report=result["report"],
         trial_network=result["network"],
     )
@@ -110,16 +113,33 @@ def _run_trial(site: Site, row: PacketRow, tell: Progress) -> Mapping[str, Any]:
         "max_retention_loss": rules.max_retention_loss,
         "attachment": str(site.packet_path(row.packet_id, "attachment")),
     }
-    return site.runner.run(f"trial-{row.packet_id}", task, tell)
+    result = site.runner.run(f"trial-{row.packet_id}", task, tell)
+    return {**result, "tried_on": _conditions_digest(model, stack, rules)}
+
+
+def _conditions_digest(
+    model: ModelRow, stack: Sequence[AttachmentRow], rules: ReceivePolicy
+) -> str:
+    """SHA-256 (hex) that names what a verdict of the gate holds for.
+
+    That is the base, the attachments on it, whatever their order, and the gate's limits.
+    """
+    entries = sorted([entry.packet_id, entry.dose] for entry in stack)
+    limits = [rules.min_gain, rules.max_retention_loss]
+    content = canonical.dumps([model_base(model).weights_digest, entries, limits])
+    return hashlib.sha256(content).hexdigest()
 
 
 def keep_packet(site: Site, packet_id: str) -> None:
     """Put a tried packet's attachment on its model's stack for good.
 
+    If the model, its stack or the gate's limits changed since the trial, the packet waits for a
+    new one, so that no combination is kept that nobody tried.
+
     Raises:
-        RejectedError: AG-SIT-004 unless it was tried with success, and the codes of
-            `admission.admit_stored`. A code about the packet refuses it; after any other it waits
-            in its state.
+        RejectedError: AG-SIT-004 unless it was tried with success, AG-SIT-016 if it must be tried
+            again, and the codes of `admission.admit_stored`. A code about the packet refuses it;
+            after any other it waits in its state.
     """
     row = site.store.packet(packet_id)
     if row.state != "trialled":
@@ -129,13 +149,31 @@ def keep_packet(site: Site, packet_id: str) -> None:
     except RejectedError as error:
         _conclude_if_about_packet(site, row, error)
         raise
-    dose = row.facts["trial"]["dose"]
+    rules = site.policy().receive
     with site.store.transaction():
-        reason = f"attached to {row.model} at dose {dose:g}"
-        site.store.move_packet(packet_id, ["trialled"], "kept", reason)
-        path = site.packet_path(packet_id, "attachment")
-        site.store.push_attachment(packet_id, row.model, path, dose)
-        answer(site, row, "kept")
+        changed = _keep_if_tried(site, packet_id, rules)
+        if changed:
+            site.store.move_packet(packet_id, ["trialled"], "verified", changed, "AG-SIT-016")
+            if rules.automatic_trial:
+                site.store.add_job("heavy", "trial", packet_id)
+    if changed:
+        raise RejectedError("AG-SIT-016", changed)
+
+
+def _keep_if_tried(site: Site, packet_id: str, rules: ReceivePolicy) -> str:
+    """Attach it, or say what changed since its trial; call inside a transaction."""
+    row = site.store.packet(packet_id)
+    model = site.store.model(row.model)
+    now = _conditions_digest(model, site.store.attachments(model.name), rules)
+    if row.facts.get("tried_on") != now:
+        return f"{model.name}, its attachments or the gate's limits changed since the trial"
+    dose = row.facts["trial"]["dose"]
+    reason = f"attached to {model.name} at dose {dose:g}"
+    site.store.move_packet(packet_id, ["trialled"], "kept", reason)
+    path = site.packet_path(packet_id, "attachment")
+    site.store.push_attachment(packet_id, model.name, path, dose)
+    answer(site, row, "kept")
+    return ""
 
 
 def revert_packet(site: Site, packet_id: str, tell: Progress) -> Mapping[str, Any]:

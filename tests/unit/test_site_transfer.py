@@ -693,6 +693,75 @@ def test_no_plain_payload_lies_around_but_while_it_is_tried(two, monkeypatch):
     assert state(two, B, packet_id) == ("kept", "")
 
 
+# --- what is kept was tried as it is kept ---
+
+
+def test_refuses_to_keep_a_second_packet_on_a_stack_it_was_not_tried_on(tmp_path):
+    two, first = arrive(tmp_path, NO_KEEP.replace("automatic_trial = true", ""))
+    second = donate(two)
+    send(two, second)
+    for packet_id in (first, second):
+        ask(two, "trial", packet_id)
+    assert ask(two, "keep", first).state == "done"
+    assert ask(two, "keep", second).code == "AG-SIT-016"
+    assert state(two, B, second) == ("verified", "AG-SIT-016")
+    assert [a.packet_id for a in two[B].site.store.attachments("base")] == [first]
+    ask(two, "trial", second)
+    assert two[B].runner.done("try")[-1]["stack"] == [
+        str(two[B].site.packet_path(first, "attachment"))
+    ]
+    assert ask(two, "keep", second).state == "done"
+    assert [a.packet_id for a in two[B].site.store.attachments("base")] == [first, second]
+    two.close()
+
+
+def test_queues_a_new_trial_where_the_policy_tries_by_itself(tmp_path):
+    two, first = arrive(tmp_path, NO_KEEP)
+    second = donate(two)
+    send(two, second)
+    ask(two, "keep", first)
+    assert ask(two, "keep", second).code == "AG-SIT-016"
+    assert state(two, B, second) == ("trialled", "")
+    assert len(two[B].runner.done("try")) == 3
+    assert ask(two, "keep", second).state == "done"
+    two.close()
+
+
+def test_refuses_to_keep_on_a_model_that_was_replaced_since_the_trial(tmp_path):
+    two, packet_id = arrive(tmp_path, NO_KEEP)
+    two[B].add_model("base", write_model(tmp_path / "descendant", drift=0.05))
+    assert ask(two, "keep", packet_id).code == "AG-SIT-016"
+    two.close()
+
+
+def test_refuses_to_keep_under_stricter_limits_than_it_was_tried_under(tmp_path):
+    two, packet_id = arrive(tmp_path, NO_KEEP.replace("automatic_trial = true", ""))
+    ask(two, "trial", packet_id)
+    policy = two[B].home.policy_file
+    policy.write_text(policy.read_text() + "min_gain = 0.5\n")
+    assert ask(two, "keep", packet_id).code == "AG-SIT-016"
+    two.close()
+
+
+def test_packets_that_are_kept_automatically_are_tried_on_each_other(two):
+    packets = [donate(two), donate(two)]
+    for packet_id in packets:
+        send(two, packet_id)
+    assert [a.packet_id for a in two[B].site.store.attachments("base")] == packets
+    assert [len(task["stack"]) for task in two[B].runner.done("try")] == [0, 1]
+
+
+def test_nobody_keeps_a_packet_while_it_is_tried_again(tmp_path):
+    two, packet_id = arrive(tmp_path, NO_KEEP)
+    site = two[B].site
+    two[B].runner.errors["try"] = UnavailableError("AG-SIT-007", "killed")
+    site.store.add_job("heavy", "trial", packet_id)
+    assert not jobs.run_job(site, site.store.next_job("heavy"))
+    with pytest.raises(RejectedError, match="AG-SIT-004"):
+        trial.keep_packet(site, packet_id)
+    two.close()
+
+
 # --- interruptions ---
 
 
