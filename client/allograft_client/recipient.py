@@ -10,7 +10,7 @@ so.
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from allograft.crypto import canonical
@@ -38,6 +38,8 @@ _REFUSALS = ("AG-RCP-", "AG-PRV-", "AG-PRO-010", "AG-EVA-", "AG-SIT-")
 
 _ARRIVED = ("received", "quarantined", "refused")
 
+_RANKS = {"exact": 0, "lineage": 1, "refuse": 2}
+
 
 @dataclass(frozen=True, slots=True)
 class _Arrival:
@@ -53,10 +55,21 @@ class _Arrival:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The model a packet is for, and how related it is to the packet's base."""
+    """The model a packet is for, and how related it is to the packet's base.
+
+    Attributes:
+        equals: Other models that it would fit as well.
+    """
 
     model: ModelRow
     verdict: Verdict
+    equals: tuple[str, ...] = ()
+
+    @property
+    def remoteness(self) -> tuple[int, float]:
+        """Less is closer: the base itself, then relatives by their likeness to it."""
+        likeness = self.verdict.numbers.get("lineage_cosine", 0.0)
+        return _RANKS[self.verdict.level], -likeness
 
 
 def take_packet(site: Site, item: ItemRow, tell: Progress) -> None:
@@ -141,7 +154,7 @@ def _set_aside(site: Site, arrival: _Arrival) -> None:
 
 
 def _choose_model(site: Site, statement: PacketStatement) -> Choice:
-    """Judge the statement against our models; the best related one wins.
+    """Judge the statement against our models; the closest wins, of equals the first by name.
 
     Raises:
         RejectedError: AG-RCP-* or AG-SIT-003 if no model fits.
@@ -149,11 +162,15 @@ def _choose_model(site: Site, statement: PacketStatement) -> Choice:
     choices = [Choice(model, judge_base(statement, model)) for model in site.store.models()]
     if not choices:
         raise RejectedError("AG-SIT-003", "this site has no model to try it on")
-    ranks = {"exact": 0, "lineage": 1, "refuse": 2}
-    best = min(choices, key=lambda choice: ranks[choice.verdict.level])
+    best = min(choices, key=lambda choice: choice.remoteness)
     if best.verdict.level == "refuse":
         raise RejectedError(best.verdict.code, best.verdict.reason)
-    return best
+    equals = tuple(
+        choice.model.name
+        for choice in choices
+        if choice is not best and choice.remoteness == best.remoteness
+    )
+    return replace(best, equals=equals)
 
 
 def _settle_verified(
@@ -178,7 +195,8 @@ def _settle_verified(
         "item_id": arrival.item.item_id,
     }
     waits = "the trial is queued" if automatic else "waits for a trial"
-    reason = f"verified; {choice.verdict.reason}; {waits}"
+    equals = f"{', '.join(choice.equals)} would do as well; " if choice.equals else ""
+    reason = f"verified; {choice.verdict.reason}; {equals}{waits}"
     with site.store.transaction():
         site.store.claim_dispatch(arrival.sealed.header.dispatch_id, packet_id)
         site.store.move_packet(packet_id, ["received"], "verified", reason)

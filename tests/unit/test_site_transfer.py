@@ -346,6 +346,23 @@ def test_a_site_without_a_model_refuses(two):
     assert state(two, B, packet_id) == ("refused", "AG-SIT-003")
 
 
+def test_takes_the_closest_of_several_models(two, tmp_path):
+    for name, drift in (("base", 0.05), ("a-far", 0.2), ("b-near", 0.02)):
+        two[B].add_model(name, write_model(tmp_path / f"{name}-model", drift=drift))
+    packet_id = donate(two)
+    send(two, packet_id)
+    assert two[B].site.store.packet(packet_id).model == "b-near"
+
+
+def test_names_the_models_that_would_do_as_well(two):
+    two[B].add_model("copy", two.base)
+    packet_id = donate(two)
+    send(two, packet_id)
+    assert two[B].site.store.packet(packet_id).model == "base"
+    history = two[B].site.store.history(packet_id)
+    assert "copy would do as well" in next(c.reason for c in history if c.state == "verified")
+
+
 def test_what_cannot_even_be_read_is_dropped_and_shown(two):
     item_id = two.deliver(B, "packet", {"header.json": b"[]", "dispatch.json": b"{}"})
     two.step()
