@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from allograft.crypto import canonical
 from allograft.durable import storage_errors, sync_directory
-from allograft.errors import RejectedError
+from allograft.errors import AllograftError, RejectedError
 from allograft.provenance.statement import PacketStatement
 from allograft.recipes.base import Verdict
 from allograft_client.admission import (
@@ -34,7 +34,7 @@ from allograft_client.site import Site
 from allograft_client.store import now_text
 
 #: Codes that mean "not for us", as opposed to "not what it claims to be".
-_REFUSALS = ("AG-RCP-", "AG-PRV-", "AG-PRO-010", "AG-EVA-", "AG-SIT-")
+_REFUSALS = ("AG-RCP-", "AG-PRV-", "AG-PRO-010", "AG-EVA-", "AG-SIT-003")
 
 _ARRIVED = ("received", "quarantined", "refused")
 
@@ -96,6 +96,22 @@ def take_packet(site: Site, item: ItemRow, tell: Progress) -> None:
         # A trial opens it again; until then no plain payload lies around.
         close_opened(site, arrival.packet_id)
     _settle_verified(site, arrival, manifest.statement, choice, policy.receive.automatic_trial)
+
+
+def drop_item(site: Site, item: ItemRow, error: AllograftError) -> None:
+    """What could not be taken in, for whatever reason: nothing of it stays without a word.
+
+    A packet that was still being looked at is quarantined with a receipt; the files go.
+    """
+    packet_id = item.packet_id
+    if packet_id and site.store.packet(packet_id).state == "received":
+        try:
+            _turn_away(site, _read_arrival(site, item), error)
+        except RejectedError:
+            # Its files are gone, so there is no dispatch to answer.
+            reason = error.cause
+            site.store.move_packet(packet_id, ["received"], "quarantined", reason, error.code)
+    site.inbox.remove(item)
 
 
 def _read_arrival(site: Site, item: ItemRow) -> _Arrival:
@@ -218,7 +234,7 @@ def _store_sealed(site: Site, arrival: _Arrival, packet_id: str) -> None:
         sync_directory(target.parent)
 
 
-def _turn_away(site: Site, arrival: _Arrival, error: RejectedError) -> None:
+def _turn_away(site: Site, arrival: _Arrival, error: AllograftError) -> None:
     """Refuse or quarantine, with a receipt; no file stays."""
     packet_id = arrival.packet_id
     refused = error.code.startswith(_REFUSALS)

@@ -366,6 +366,7 @@ def test_names_the_models_that_would_do_as_well(two):
 def test_what_cannot_even_be_read_is_dropped_and_shown(two):
     item_id = two.deliver(B, "packet", {"header.json": b"[]", "dispatch.json": b"{}"})
     two.step()
+    assert list(two[B].home.path("inbox").iterdir()) == []
     assert two[B].site.store.packets() == ()
     assert two[B].site.store.find_item(item_id, "in").state == "refused"
 
@@ -856,3 +857,13 @@ def test_a_crash_inside_a_job_leaves_a_state_with_a_reason(two, monkeypatch):
     monkeypatch.setattr(recipient, "_choose_model", crash)
     send(two, packet_id)
     assert state(two, B, packet_id) == ("quarantined", "AG-SIT-007")
+
+
+def test_a_crash_while_taking_in_is_told_by_a_receipt_and_leaves_no_file(two, monkeypatch):
+    from allograft_client import recipient
+
+    packet_id = donate(two)
+    monkeypatch.setattr(recipient, "_choose_model", lambda *_: {}["unforeseen"])
+    send(two, packet_id)
+    assert receipts(two, packet_id) == [(B, "quarantined", "AG-SIT-007")]
+    assert list(two[B].home.path("inbox").iterdir()) == []
