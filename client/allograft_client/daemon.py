@@ -15,6 +15,7 @@ import socket
 import sys
 import threading
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from types import FrameType
 
@@ -24,8 +25,8 @@ from allograft.crypto import keystore
 from allograft.durable import durable_write, lock_directory
 from allograft.errors import AllograftError
 from allograft.relay import memory
-from allograft.relay.memory import ENVIRONMENT, return_memory_early
 from allograft_client.card import publish_card
+from allograft_client.contact import Watch
 from allograft_client.exchange import Exchange, Parties
 from allograft_client.jobs import run_lane
 from allograft_client.journal import configure_journal
@@ -107,18 +108,20 @@ class Daemon:
 
     def _loop(self, site: Site, children: Sequence[Child]) -> None:
         ticks = 0
+        watch = Watch(site.store, self._log, datetime.now(UTC))
         while not self._stopped.is_set():
             # Children are started by this thread, because the kernel ends them with it.
             for child in children:
                 child.tend()
             if ticks % round(_UPKEEP_S / _TICK_S) == 0:
-                self._keep_up(site)
+                self._keep_up(site, watch)
             ticks += 1
             self._stopped.wait(_TICK_S)
 
-    def _keep_up(self, site: Site) -> None:
-        """What follows from files and from time: a new card, the end of a packet's retention."""
+    def _keep_up(self, site: Site, watch: Watch) -> None:
+        """What follows from files and from time: a card, the end of retention, a silent peer."""
         try:
+            watch.look(datetime.now(UTC))
             queue_ended(site)
             publish_card(site)
         except AllograftError as error:
@@ -195,7 +198,6 @@ def flower_environment(home: Path) -> dict[str, str]:
     home.mkdir(mode=0o700, parents=True, exist_ok=True)
     programs = str(Path(sys.executable).parent)
     return os.environ | {
-        **ENVIRONMENT,
         "FLWR_HOME": str(home),
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -219,7 +221,6 @@ def serve(home: Home) -> None:
     Raises:
         AllograftError: As `Daemon.run`.
     """
-    return_memory_early()
     memory.return_memory_early()
     configure_journal(sys.stderr)
     daemon = Daemon(home)

@@ -15,10 +15,11 @@ from datetime import UTC, datetime
 from typing import Protocol
 
 from allograft.crypto.keys import SigningKey
-from allograft.errors import AllograftError, RejectedError
+from allograft.errors import AllograftError, RejectedError, UnavailableError
 from allograft.relay.frame import Header, SignedFrame, peek_sender, sign_frame, verify_frame
 from allograft.relay.poll import PollAnswer, PollCall
 from allograft.routing.document import Signers
+from allograft_client.contact import Contact
 from allograft_client.inbox import Inbox
 from allograft_client.outbox import Outbox
 from allograft_client.store import Store
@@ -93,6 +94,7 @@ class Exchange:
         self._witness = witness
         self._alarm = alarm
         self._clock = clock
+        self._contact = Contact(store)
         # Flower hands a site one message at a time; the lock costs nothing and keeps the steps of
         # one call together when something else speaks to the socket as well.
         self._lock = threading.Lock()
@@ -108,6 +110,7 @@ class Exchange:
         with self._lock:
             roster = self._roster()
             call = self._verify(frame, roster, now)
+            self._remember_contact(now)
             try:
                 body = self._perform(call, frame.body, roster, now)
             except AllograftError as error:
@@ -124,6 +127,13 @@ class Exchange:
         if call.status != "call":
             raise RejectedError("AG-RLY-003", "the frame is not a call")
         return call
+
+    def _remember_contact(self, now: datetime) -> None:
+        try:
+            self._contact.hear(now)
+        except UnavailableError as error:
+            # On a full disk the outbox can still be read.
+            self._alarm(error.code, error.cause)
 
     def _perform(self, call: Header, body: bytes, roster: TrustedRoster, now: datetime) -> bytes:
         if call.method == "poll":

@@ -74,6 +74,10 @@ def run_job(site: Site, job: JobRow) -> bool:
 
 
 def _fail(site: Site, job: JobRow, error: AllograftError) -> None:
+    item = site.store.find_item(job.subject, "in") if job.kind == "take-in" else None
+    if item is not None:
+        # Before the job ends: a kill in between repeats the job, which then finds no files.
+        recipient.drop_item(site, item, error)
     with site.store.transaction():
         site.store.fail_job(job.number, error.code, error.cause)
         if job.kind == "donate":
@@ -83,17 +87,9 @@ def _fail(site: Site, job: JobRow, error: AllograftError) -> None:
             site.store.move_packet(job.subject, ["training"], state, error.cause, error.code)
         elif job.kind == "take-in":
             site.store.move_item(job.subject, "done", "refused", error.code)
-            row = site.store.find_item(job.subject, "in")
-            if row is not None and row.packet_id:
-                _restate(site, row.packet_id, "received", "quarantined", error)
-        elif job.kind == "trial":
-            _restate(site, job.subject, "verified", "verified", error)
-
-
-def _restate(site: Site, packet_id: str, before: str, after: str, error: AllograftError) -> None:
-    """No packet stays in a passing state without a word: the failure becomes its reason."""
-    if site.store.packet(packet_id).state == before:
-        site.store.move_packet(packet_id, [before], after, error.cause, error.code)
+        elif job.kind == "trial" and site.store.packet(job.subject).state == "verified":
+            # It stays where it was, and says why.
+            site.store.move_packet(job.subject, ["verified"], "verified", error.cause, error.code)
 
 
 def _take_in(site: Site, job: JobRow, tell: Progress) -> None:

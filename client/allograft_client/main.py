@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from dataclasses import asdict
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -20,8 +21,10 @@ import typer
 import allograft
 from allograft.cli import shell
 from allograft.cli.shell import Format, FormatOption, emit
+from allograft.crypto import canonical
 from allograft.errors import RejectedError
 from allograft_client import doctor, main_model, main_packet, requests
+from allograft_client.contact import is_silent, last_heard
 from allograft_client.membership import (
     Membership,
     NewSite,
@@ -110,10 +113,13 @@ def status(state: StateOption = None, format: FormatOption = Format.text) -> Non
     site = open_state(state)
     packets = site.store.packets()
     jobs = [job for job in site.store.jobs() if job.state in {"queued", "running", "failed"}]
+    heard = last_heard(site.store)
     value = {
         "site": site.name,
         "coordinator": site.trust.coordinator,
         "roster_version": site.trust.latest_roster().version,
+        "coordinator_heard": canonical.format_time(heard) if heard else "",
+        "coordinator_silent": is_silent(heard, datetime.now(UTC)),
         "daemon": "running" if doctor.is_running(site.home) else "stopped",
         "models": [model.name for model in site.store.models()],
         "packets": dict(Counter(row.state for row in packets)),
@@ -209,6 +215,7 @@ def _render_status(value: dict[str, Any]) -> str:
     lines = [
         f"{value['site']} at {value['coordinator']}, roster version {value['roster_version']}; "
         f"daemon {value['daemon']}",
+        _render_contact(value),
         f"models: {', '.join(value['models']) or 'none'}",
         f"packets: {packets or 'none'}",
         f"outbox: {value['outbox']} items wait to be taken",
@@ -225,6 +232,14 @@ def _render_status(value: dict[str, Any]) -> str:
         for entry in value["waiting_for_people"]
     ]
     return "\n".join(lines)
+
+
+def _render_contact(value: dict[str, Any]) -> str:
+    heard = value["coordinator_heard"]
+    if not value["coordinator_silent"]:
+        return f"coordinator: heard at {heard}"
+    since = f"not heard since {heard}" if heard else "never heard"
+    return f"coordinator: {since} [AG-SIT-015]; `allograft-site doctor` tells why"
 
 
 def _render_findings(value: dict[str, Any]) -> str:

@@ -1,57 +1,44 @@
 # SPDX-License-Identifier: Apache-2.0
 """What becomes of a packet that arrives, in the one order that is safe.
 
-Roster fresh → dispatch (signature, audience, time, not seen) → log proof with witnesses → sealed
-digests → manifest → attestations → policy and lineage, *before the payload is opened* → payload to
-a private directory → tensors. Then trial, gate, keep or revert. Invariant: whatever fails, the
-packet ends in a named state with a code, and a signed receipt says so.
+Everything of `admission`, and a dispatch not seen before, *before the payload is opened* → payload
+to a private directory → tensors → nothing opened stays. Then trial, gate, keep or revert.
+Invariant: whatever fails, the packet ends in a named state with a code, and a signed receipt says
+so.
 """
 
 from __future__ import annotations
 
-import hashlib
 import shutil
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from allograft.crypto import canonical
 from allograft.durable import storage_errors, sync_directory
-from allograft.errors import RejectedError
-from allograft.limits import LIMITS
-from allograft.packet import container
-from allograft.packet.container import Opener
-from allograft.packet.header import Header
-from allograft.privacy.dossier import read_dossier
-from allograft.privacy.policy import Reception
-from allograft.provenance.lineage import compare_bases
+from allograft.errors import AllograftError, RejectedError
 from allograft.provenance.statement import PacketStatement
-from allograft.provenance.verify import (
-    VerifiedDispatch,
-    VerifiedManifest,
-    check_logged,
-    verify_dispatch,
-    verify_manifest,
+from allograft.recipes.base import Verdict
+from allograft_client.admission import (
+    Sealed,
+    check_policy,
+    close_opened,
+    judge_base,
+    open_sealed,
+    read_sealed,
+    verify_sealed,
 )
-from allograft.recipes.base import Declaration, Facts, ModelCard, ModelShape, Verdict, check_base
-from allograft.recipes.facts import LoraFacts, OrganFacts
 from allograft_client.receipts import turn_away
 from allograft_client.rows import ItemRow, ModelRow, PacketRow
 from allograft_client.runner import Progress
-from allograft_client.site import Site, model_base
+from allograft_client.site import Site
 from allograft_client.store import now_text
 
-#: Facts of each kind, to judge a statement without loading a tensor library.
-_FACTS: Mapping[str, Callable[[canonical.Json], Facts]] = {
-    "organ": OrganFacts.from_json,
-    "lora": LoraFacts.from_json,
-}
-
 #: Codes that mean "not for us", as opposed to "not what it claims to be".
-_REFUSALS = ("AG-RCP-", "AG-PRV-", "AG-PRO-010", "AG-EVA-", "AG-SIT-")
+_REFUSALS = ("AG-RCP-", "AG-PRV-", "AG-PRO-010", "AG-EVA-", "AG-SIT-003")
 
 _ARRIVED = ("received", "quarantined", "refused")
+
+_RANKS = {"exact": 0, "lineage": 1, "refuse": 2}
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,22 +46,30 @@ class _Arrival:
     """What a packet claims to be before anything is verified; enough to answer it."""
 
     item: ItemRow
-    directory: Path
-    header: Header
-    header_bytes: bytes
-    dispatch: bytes
+    sealed: Sealed
 
     @property
-    def dispatch_sha256(self) -> str:
-        return hashlib.sha256(self.dispatch).hexdigest()
+    def packet_id(self) -> str:
+        return self.sealed.header.packet_id
 
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The model a packet is for, and how related it is to the packet's base."""
+    """The model a packet is for, and how related it is to the packet's base.
+
+    Attributes:
+        equals: Other models that it would fit as well.
+    """
 
     model: ModelRow
     verdict: Verdict
+    equals: tuple[str, ...] = ()
+
+    @property
+    def remoteness(self) -> tuple[int, float]:
+        """Less is closer: the base itself, then relatives by their likeness to it."""
+        likeness = self.verdict.numbers.get("lineage_cosine", 0.0)
+        return _RANKS[self.verdict.level], -likeness
 
 
 def take_packet(site: Site, item: ItemRow, tell: Progress) -> None:
@@ -84,29 +79,52 @@ def take_packet(site: Site, item: ItemRow, tell: Progress) -> None:
         RejectedError: AG-PKT-* if it cannot even be named; it is dropped without a receipt.
         UnavailableError: The disk is full; the job goes on later.
     """
-    directory = site.inbox.path(item)
-    if item.packet_id and not directory.exists():
-        # Killed between moving the files and recording it.
-        directory = site.packet_path(item.packet_id, "sealed")
-    header, header_bytes = container.read_sealed_header(directory)
-    dispatch = container.read_document(directory / "dispatch.json", LIMITS.json_document_bytes)
-    arrival = _Arrival(item, directory, header, header_bytes, dispatch)
+    arrival = _read_arrival(site, item)
     if not _register(site, arrival):
         return
     try:
         tell({"stage": "verifying signatures, proof and digests"})
-        manifest = _verify(site, arrival, site.store.is_dispatch_seen)
-        choice = _choose_model(site, manifest)
-        _open(site, arrival, manifest.statement)
+        manifest = verify_sealed(site, arrival.sealed, site.store.is_dispatch_seen)
+        policy = site.policy()
+        check_policy(policy, manifest)
+        choice = _choose_model(site, manifest.statement)
+        open_sealed(site, arrival.sealed, manifest.statement)
     except RejectedError as error:
         _turn_away(site, arrival, error)
         return
-    _settle_verified(site, arrival, manifest.statement, choice)
+    finally:
+        # A trial opens it again; until then no plain payload lies around.
+        close_opened(site, arrival.packet_id)
+    _settle_verified(site, arrival, manifest.statement, choice, policy.receive.automatic_trial)
+
+
+def drop_item(site: Site, item: ItemRow, error: AllograftError) -> None:
+    """What could not be taken in, for whatever reason: nothing of it stays without a word.
+
+    A packet that was still being looked at is quarantined with a receipt; the files go.
+    """
+    packet_id = item.packet_id
+    if packet_id and site.store.packet(packet_id).state == "received":
+        try:
+            _turn_away(site, _read_arrival(site, item), error)
+        except RejectedError:
+            # Its files are gone, so there is no dispatch to answer.
+            reason = error.cause
+            site.store.move_packet(packet_id, ["received"], "quarantined", reason, error.code)
+    site.inbox.remove(item)
+
+
+def _read_arrival(site: Site, item: ItemRow) -> _Arrival:
+    directory = site.inbox.path(item)
+    if item.packet_id and not directory.exists():
+        # Killed between moving the files and recording it.
+        directory = site.packet_path(item.packet_id, "sealed")
+    return _Arrival(item, read_sealed(directory))
 
 
 def _register(site: Site, arrival: _Arrival) -> bool:
     """Give the packet its first state; False if this copy is a mere extra of a known packet."""
-    packet_id = arrival.header.packet_id
+    packet_id = arrival.packet_id
     item_id = arrival.item.item_id
     site.store.set_item_packet(item_id, packet_id)
     if not site.store.has_packet(packet_id):
@@ -114,10 +132,10 @@ def _register(site: Site, arrival: _Arrival) -> bool:
             PacketRow(
                 packet_id=packet_id,
                 role="recipient",
-                donor=arrival.header.donor,
+                donor=arrival.sealed.header.donor,
                 kind="",
                 model="",
-                dispatch_id=arrival.header.dispatch_id,
+                dispatch_id=arrival.sealed.header.dispatch_id,
                 state="received",
                 code="",
                 reason="arrived; nothing is verified yet",
@@ -142,111 +160,37 @@ def _set_aside(site: Site, arrival: _Arrival) -> None:
 
     No receipt: it would bear the ids of the true copy and contradict what became of that one.
     """
-    packet_id = arrival.header.packet_id
     try:
-        _verify(site, arrival, is_seen=lambda _: False)
+        verify_sealed(site, arrival.sealed)
         error = RejectedError("AG-SIT-010", "a second copy of a packet that is already here")
     except RejectedError as found:
         error = found
-    site.store.add_extra(arrival.item.item_id, packet_id, error.code, error.cause)
+    site.store.add_extra(arrival.item.item_id, arrival.packet_id, error.code, error.cause)
     site.inbox.remove(arrival.item)
 
 
-def _verify(site: Site, arrival: _Arrival, is_seen: Callable[[str], bool]) -> VerifiedManifest:
-    """Everything up to the attestations; the payload stays sealed."""
-    now = site.now()
-    roster = site.trust.roster()
-    verified = verify_dispatch(
-        arrival.dispatch,
-        arrival.header_bytes,
-        roster,
-        site.name,
-        now,
-        is_seen,
-    )
-    donor = roster.site(verified.dispatch.donor, now)
-    if "donor" not in donor.roles:
-        raise RejectedError("AG-ROS-002", f"{donor.site_id} is not enrolled as a donor")
-    _check_log(site, arrival, verified)
-    container.check_sealed_files(arrival.directory, verified.header)
-    opener = Opener(site.name, site.sealing_key())
-    attestations = container.open_manifest(arrival.directory, verified.header, opener)
-    return verify_manifest(attestations, verified, roster, now)
-
-
-def _check_log(site: Site, arrival: _Arrival, verified: VerifiedDispatch) -> None:
-    entry = container.read_document(arrival.directory / "dispatch.event.json", LIMITS.entry_bytes)
-    proof = container.read_document(arrival.directory / "dispatch.proof", LIMITS.proof_bytes)
-    check_logged(verified, site.trust.verify_logged(entry, proof, site.now()))
-
-
-def _choose_model(site: Site, manifest: VerifiedManifest) -> Choice:
-    """Judge the statement against the policy and our models; the best related model wins.
+def _choose_model(site: Site, statement: PacketStatement) -> Choice:
+    """Judge the statement against our models; the closest wins, of equals the first by name.
 
     Raises:
-        RejectedError: AG-PRV-* if the policy or the dossier says no, AG-RCP-* or AG-SIT-003 if no
-            model fits.
+        RejectedError: AG-RCP-* or AG-SIT-003 if no model fits.
     """
-    statement = manifest.statement
-    dossier = read_dossier(manifest.dossier)
-    permissions = {
-        name for name in ("merge", "distil", "redonate") if getattr(statement.licence, name)
-    }
-    site.policy().check_reception(
-        Reception(
-            donor=statement.donor,
-            kind=statement.kind,
-            mode=str(dossier.mode.mode),
-            permissions=frozenset(permissions),
-        )
-    )
-    choices = [Choice(model, check(statement, model)) for model in site.store.models()]
+    choices = [Choice(model, judge_base(statement, model)) for model in site.store.models()]
     if not choices:
         raise RejectedError("AG-SIT-003", "this site has no model to try it on")
-    ranks = {"exact": 0, "lineage": 1, "refuse": 2}
-    best = min(choices, key=lambda choice: ranks[choice.verdict.level])
+    best = min(choices, key=lambda choice: choice.remoteness)
     if best.verdict.level == "refuse":
         raise RejectedError(best.verdict.code, best.verdict.reason)
-    return best
-
-
-def check(statement: PacketStatement, model: ModelRow) -> Verdict:
-    """Whether a packet may be opened for a model, by the statement alone."""
-    base = model_base(model)
-    lineage = compare_bases(base, statement.base)
-    declaration = Declaration(
-        kind=statement.kind,
-        base_weights_digest=statement.base.weights_digest,
-        tokenizer_digest=statement.base.tokenizer_digest,
-        facts=statement.facts,
+    equals = tuple(
+        choice.model.name
+        for choice in choices
+        if choice is not best and choice.remoteness == best.remoteness
     )
-    card = ModelCard(
-        weights_digest=base.weights_digest,
-        tokenizer_digest=base.tokenizer_digest,
-        shape=ModelShape.from_json(model.facts["shape"]),
-        lineage_cosine=lineage.cosine,
-    )
-    facts = _FACTS[statement.kind](dict(statement.facts))
-    return check_base(declaration, facts, card)
-
-
-def _open(site: Site, arrival: _Arrival, statement: PacketStatement) -> None:
-    """Open the payload into the packet's private directory and check it strictly."""
-    target = site.packet_path(statement.packet_id, "opened")
-    target.parent.mkdir(mode=0o700, exist_ok=True)
-    shutil.rmtree(target, ignore_errors=True)
-    container.open_payload(
-        arrival.directory,
-        arrival.header,
-        statement.kind,
-        statement.parts,
-        Opener(site.name, site.sealing_key()),
-        target,
-    )
+    return replace(best, equals=equals)
 
 
 def _settle_verified(
-    site: Site, arrival: _Arrival, statement: PacketStatement, choice: Choice
+    site: Site, arrival: _Arrival, statement: PacketStatement, choice: Choice, automatic: bool
 ) -> None:
     """Keep the sealed packet, remember the dispatch, move on."""
     packet_id = statement.packet_id
@@ -263,44 +207,38 @@ def _settle_verified(
         "merge": statement.licence.merge,
         "not_after": canonical.format_time(statement.not_after),
         "retention_until": canonical.format_time(statement.retention_until),
-        "dispatch_sha256": arrival.dispatch_sha256,
+        "dispatch_sha256": arrival.sealed.dispatch_sha256,
         "item_id": arrival.item.item_id,
     }
-    policy = site.policy()
-    automatic = policy.receive.automatic_trial
-    reason = f"verified; {choice.verdict.reason}; " + (
-        "the trial is queued" if automatic else "waits for a trial"
-    )
+    waits = "the trial is queued" if automatic else "waits for a trial"
+    equals = f"{', '.join(choice.equals)} would do as well; " if choice.equals else ""
+    reason = f"verified; {choice.verdict.reason}; {equals}{waits}"
     with site.store.transaction():
-        site.store.claim_dispatch(arrival.header.dispatch_id, packet_id)
+        site.store.claim_dispatch(arrival.sealed.header.dispatch_id, packet_id)
         site.store.move_packet(packet_id, ["received"], "verified", reason)
         site.store.describe_packet(
-            packet_id, statement.kind, choice.model.name, arrival.header.dispatch_id
+            packet_id, statement.kind, choice.model.name, arrival.sealed.header.dispatch_id
         )
         site.store.add_packet_facts(packet_id, **facts)
         if automatic:
             site.store.add_job("heavy", "trial", packet_id)
-    if not automatic:
-        # A trial opens it again; until somebody asks for one, no plain payload lies around.
-        shutil.rmtree(site.packet_path(packet_id, "opened"), ignore_errors=True)
 
 
 def _store_sealed(site: Site, arrival: _Arrival, packet_id: str) -> None:
     target = site.packet_path(packet_id, "sealed")
-    if arrival.directory == target:
+    if arrival.sealed.directory == target:
         return
     with storage_errors("packets"):
         shutil.rmtree(target, ignore_errors=True)
-        shutil.move(arrival.directory, target)
+        shutil.move(arrival.sealed.directory, target)
         sync_directory(target.parent)
 
 
-def _turn_away(site: Site, arrival: _Arrival, error: RejectedError) -> None:
-    """Refuse or quarantine, with a receipt; nothing opened stays."""
-    packet_id = arrival.header.packet_id
+def _turn_away(site: Site, arrival: _Arrival, error: AllograftError) -> None:
+    """Refuse or quarantine, with a receipt; no file stays."""
+    packet_id = arrival.packet_id
     refused = error.code.startswith(_REFUSALS)
     state: Literal["refused", "quarantined"] = "refused" if refused else "quarantined"
-    shutil.rmtree(site.packet_path(packet_id, "opened"), ignore_errors=True)
     with site.store.transaction():
         site.store.move_packet(packet_id, ["received"], state, error.cause, error.code)
         site.store.add_packet_facts(
@@ -308,5 +246,6 @@ def _turn_away(site: Site, arrival: _Arrival, error: RejectedError) -> None:
             verdict="refuse" if refused else "unverified",
             item_id=arrival.item.item_id,
         )
-        turn_away(site, arrival.header, arrival.dispatch_sha256, state, error.code)
+        header, digest = arrival.sealed.header, arrival.sealed.dispatch_sha256
+        turn_away(site, header, digest, state, error.code)
     site.inbox.remove(arrival.item)

@@ -159,7 +159,7 @@ def _try(task: Task, tell: Tell) -> dict[str, Any]:
     """A recipient's trial; on a good outcome the attachment is saved at the chosen dose."""
     tell({"stage": "loading model"})
     loaded = _load(task)
-    stack = _load_stack(task, loaded)
+    _load_stack(task, loaded)
     recipe, attachment = _fit(task, loaded)
     text = OwnText(
         _texts(drop_near_duplicates(read_documents(Path(_text(task, "data")))), task),
@@ -183,7 +183,7 @@ def _try(task: Task, tell: Tell) -> dict[str, Any]:
         target = Path(_text(task, "attachment"))
         shutil.rmtree(target, ignore_errors=True)
         save_attachment(replace(attachment, dose=report.decision.dose), target)
-    return {"report": report.to_json(), "stack": stack.digest()}
+    return {"report": report.to_json()}
 
 
 def _revert(task: Task, tell: Tell) -> dict[str, Any]:

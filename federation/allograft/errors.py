@@ -180,6 +180,10 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
             "the coordinator cannot be reached",
             "Check address, network and firewall: this site dials one port, outwards only.",
         ),
+        "AG-SIT-016": ErrorCode(
+            "the model, its stack or the gate's limits changed since the packet was tried",
+            "Try it again with `allograft-site trial ID`, unless its new trial is queued already.",
+        ),
         # --- AG-PKT: packets, their files and their tensors ---
         "AG-PKT-001": ErrorCode(
             "a packet is of a kind that is not allowed",

@@ -7,19 +7,23 @@ import stat
 import subprocess
 import sys
 import tomllib
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
+from allograft.crypto.canonical import format_time
 from allograft.durable import lock_directory
 from allograft.errors import UnavailableError
 from allograft.privacy.policy import parse_policy
 from allograft.provenance.lineage import describe_base
 from allograft.provenance.statement import write_base
 from allograft_client import site as site_module
+from allograft_client.contact import Contact
 from allograft_client.daemon import Daemon
 from allograft_client.rows import PacketRow
 from allograft_client.settings import Home
+from allograft_client.store import Store
 from kit.consortium import POLICY, SHAPE, ScriptedRunner, write_model
 from kit.founding import Founded, run_site, run_site_json
 
@@ -158,6 +162,24 @@ def test_doctor_names_each_finding_with_its_fix(joined, capsys):
     # Nobody listens where the roster says the coordinator is.
     assert findings["coordinator"]["code"] == "AG-SIT-015"
     assert all(finding["fix"] for finding in findings.values() if finding["level"] != "ok")
+
+
+def test_status_says_when_the_coordinator_was_heard(joined, capsys):
+    def lines():
+        status, out, _ = run_site(capsys, "status", "--state", joined)
+        assert status == 0
+        return [line for line in out.splitlines() if line.startswith("coordinator:")]
+
+    assert lines() == ["coordinator: never heard [AG-SIT-015]; `allograft-site doctor` tells why"]
+    store = Store(Home(joined).database)
+    now = datetime.now(UTC)
+    Contact(store).hear(now - timedelta(hours=1))
+    (line,) = lines()
+    assert line.startswith("coordinator: not heard since ")
+    Contact(store).hear(now)
+    (line,) = lines()
+    assert line == f"coordinator: heard at {format_time(now)}"
+    store.close()
 
 
 def test_a_donation_without_a_policy_is_refused_before_anything_runs(joined, tmp_path, capsys):

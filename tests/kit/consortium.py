@@ -114,7 +114,7 @@ class ScriptedRunner:
 
     def _try(self, task):
         Path(task["attachment"]).mkdir(parents=True, exist_ok=True)
-        return {"report": trial_report(task["packet_id"], self.outcome).to_json(), "stack": "0"}
+        return {"report": trial_report(task["packet_id"], self.outcome).to_json()}
 
     def _revert(self, task):
         return {"bit_exact": True, "state_digest": "0" * 64}

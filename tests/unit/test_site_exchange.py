@@ -6,11 +6,14 @@ from dataclasses import replace
 from datetime import timedelta
 
 import pytest
+import structlog
+from structlog.testing import capture_logs
 
 from allograft.crypto.keys import SigningKey
-from allograft.errors import RejectedError
+from allograft.errors import RejectedError, UnavailableError
 from allograft.relay.frame import SignedFrame, sign_frame, verify_frame
 from allograft.relay.poll import PollCall
+from allograft_client import contact
 from kit.coordinator import HOUR, NOW, SiteKit, forged
 
 POLL = PollCall().to_bytes()
@@ -98,6 +101,65 @@ def test_refuses_to_hand_out_what_is_not_in_the_outbox(site):
 def test_refuses_a_part_of_an_item_that_was_never_announced(site):
     header, _ = site.call("put", b"bytes", item=hashlib.sha256(b"x").hexdigest())
     assert (header.status, header.code) == ("refused", "AG-SIT-003")
+
+
+def test_remembers_when_the_coordinator_was_heard(site):
+    assert contact.last_heard(site.store) is None
+    site.call("poll", POLL)
+    assert contact.last_heard(site.store) == NOW
+    site.restart()
+    assert contact.last_heard(site.store) == NOW
+
+
+def test_a_stranger_is_not_the_coordinator_heard(site):
+    refused(site, sign_frame(site.header(), POLL, SigningKey.generate()))
+    assert contact.last_heard(site.store) is None
+
+
+def test_remembers_a_busy_coordinator_without_a_write_for_every_call(site, monkeypatch):
+    writes = []
+    monkeypatch.setattr(site.store, "set_setting", lambda *setting: writes.append(setting))
+    for _ in range(50):
+        site.call("poll", POLL)
+    assert len(writes) == 1
+
+
+def test_answers_although_it_cannot_remember_the_call(site, monkeypatch):
+    def full(*_):
+        raise UnavailableError("AG-STO-001", "no space")
+
+    monkeypatch.setattr(site.store, "set_setting", full)
+    header, _ = site.call("poll", POLL)
+    assert header.status == "ok"
+    assert site.alarms == [("AG-STO-001", "no space")]
+
+
+def test_tells_once_when_the_coordinator_falls_silent_and_once_when_it_is_back(site):
+    with capture_logs() as told:
+        watch = contact.Watch(site.store, structlog.get_logger(), NOW)
+        site.call("poll", POLL)
+        for minutes in range(6):
+            watch.look(NOW + timedelta(minutes=minutes))
+        site.now = NOW + timedelta(minutes=6)
+        site.call("poll", POLL)
+        for minutes in range(6, 8):
+            watch.look(NOW + timedelta(minutes=minutes))
+    assert [(line["event"], line.get("code")) for line in told] == [
+        ("coordinator-silent", "AG-SIT-015"),
+        ("coordinator-heard", None),
+    ]
+    assert told[0]["cause"] == "not heard since 2026-11-23T08:00:00Z"
+
+
+def test_silence_from_before_the_daemon_started_is_not_told_at_once(site):
+    site.call("poll", POLL)
+    started = NOW + timedelta(days=3)
+    with capture_logs() as told:
+        watch = contact.Watch(site.store, structlog.get_logger(), started)
+        watch.look(started + timedelta(minutes=1))
+        assert told == []
+        watch.look(started + timedelta(minutes=2))
+    assert [line["event"] for line in told] == ["coordinator-silent"]
 
 
 def test_reports_the_roster_it_trusts(site):

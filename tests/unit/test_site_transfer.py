@@ -2,13 +2,15 @@
 """A packet from plan to receipt between two sites, and everything that must stop it."""
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 
 from allograft.errors import RejectedError, UnavailableError
 from allograft.evaluate.gate import Outcome
-from allograft_client import dispatcher, donor, trial
+from allograft_client import dispatcher, donor, jobs, trial
 from kit.consortium import POLICY, Consortium, write_model
 
 A, B, C = "hospital-a", "hospital-b", "bank-c"
@@ -60,7 +62,7 @@ def test_every_change_of_state_of_a_packet_is_remembered(two):
     donor_states = [c.state for c in two[A].site.store.history(packet_id)]
     assert donor_states == ["training", "offered", "routed", "dispatched"]
     states = [c.state for c in two[B].site.store.history(packet_id)]
-    assert states == ["received", "verified", "kept"]
+    assert states == ["received", "verified", "trialled", "kept"]
 
 
 def test_nothing_that_leaves_holds_text_or_paths_of_the_donor(two, tmp_path):
@@ -344,9 +346,27 @@ def test_a_site_without_a_model_refuses(two):
     assert state(two, B, packet_id) == ("refused", "AG-SIT-003")
 
 
+def test_takes_the_closest_of_several_models(two, tmp_path):
+    for name, drift in (("base", 0.05), ("a-far", 0.2), ("b-near", 0.02)):
+        two[B].add_model(name, write_model(tmp_path / f"{name}-model", drift=drift))
+    packet_id = donate(two)
+    send(two, packet_id)
+    assert two[B].site.store.packet(packet_id).model == "b-near"
+
+
+def test_names_the_models_that_would_do_as_well(two):
+    two[B].add_model("copy", two.base)
+    packet_id = donate(two)
+    send(two, packet_id)
+    assert two[B].site.store.packet(packet_id).model == "base"
+    history = two[B].site.store.history(packet_id)
+    assert "copy would do as well" in next(c.reason for c in history if c.state == "verified")
+
+
 def test_what_cannot_even_be_read_is_dropped_and_shown(two):
     item_id = two.deliver(B, "packet", {"header.json": b"[]", "dispatch.json": b"{}"})
     two.step()
+    assert list(two[B].home.path("inbox").iterdir()) == []
     assert two[B].site.store.packets() == ()
     assert two[B].site.store.find_item(item_id, "in").state == "refused"
 
@@ -463,6 +483,303 @@ def test_a_withdrawal_detaches_and_deletes(two):
     assert not two[B].site.packet_path(packet_id).exists()
 
 
+# --- what held at take-in must hold at trial and at keep ---
+
+NO_TRIAL = POLICY.replace("automatic_trial = true", "automatic_trial = false")
+NO_KEEP = POLICY.replace("automatic_keep = true", "automatic_keep = false")
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Sets the sites' clocks ahead by so many days, with a roster that is fresh then."""
+
+    def turn(consortium, days):
+        later = (datetime.now(UTC) + timedelta(days=days)).replace(microsecond=0)
+        monkeypatch.setattr(type(consortium[B].site), "now", lambda self: later)
+        consortium.change(expires=later + timedelta(days=1))
+
+    return turn
+
+
+def revoke(two, clock):
+    two.revoke(A)
+
+
+def forbid_donor(two, clock):
+    policy = two[B].home.policy_file
+    policy.write_text(policy.read_text().replace('donors = ["*"]', "donors = []"))
+
+
+def forbid_kind(two, clock):
+    policy = two[B].home.policy_file
+    received, _, rest = policy.read_text().rpartition('kinds = ["organ"]')
+    policy.write_text(f'{received}kinds = ["lora"]{rest}')
+
+
+def take_role(two, clock):
+    record = replace(two.roster.sites[A], roles=("witness",))
+    two.change(sites={**two.roster.sites, A: record})
+
+
+def pass_validity(two, clock):
+    clock(two, 31)
+
+
+def pass_retention(two, clock):
+    clock(two, 11)
+
+
+def replace_model(two, clock):
+    two[B].add_model("base", write_model(two.root / "stranger", seed=2))
+
+
+def damage(name):
+    def change(two, clock):
+        (path,) = two[B].home.path("packets").glob(f"*/sealed/{name}")
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(bytes(content))
+
+    return change
+
+
+CHANGES = [
+    (revoke, "AG-ROS-003"),
+    (take_role, "AG-ROS-002"),
+    (forbid_donor, "AG-PRV-005"),
+    (forbid_kind, "AG-PRV-005"),
+    (pass_validity, "AG-PRO-004"),
+    (pass_retention, "AG-PRO-010"),
+    (replace_model, "AG-RCP-013"),
+    (damage("dispatch.proof"), "AG-LOG-002"),
+    (damage("part-000.sealed"), "AG-PKT-004"),
+]
+
+
+def is_gone(consortium, packet_id) -> bool:
+    """Neither the opened payload nor an attachment of a packet lies at the recipient."""
+    site = consortium[B].site
+    return not any(site.packet_path(packet_id, name).exists() for name in ("opened", "attachment"))
+
+
+def arrive(tmp_path, policy, **changes):
+    two = Consortium(tmp_path, hospital_b=policy)
+    packet_id = donate(two, **changes)
+    send(two, packet_id)
+    return two, packet_id
+
+
+def ask(two, kind, packet_id):
+    """Ask the recipient for a trial or a keep; the job as it ended."""
+    site = two[B].site
+    number = site.store.add_job("light" if kind == "keep" else "heavy", kind, packet_id)
+    two[B].work()
+    return site.store.job(number)
+
+
+@pytest.mark.parametrize(("kind", "policy"), [("trial", NO_TRIAL), ("keep", NO_KEEP)])
+@pytest.mark.parametrize(("change", "code"), CHANGES)
+def test_refuses_what_no_longer_holds(tmp_path, clock, kind, policy, change, code):
+    days = {"retention_days": 10} if change is pass_retention else {}
+    two, packet_id = arrive(tmp_path, policy, **days)
+    tried = len(two[B].runner.tasks)
+    change(two, clock)
+    assert ask(two, kind, packet_id).code == code
+    assert state(two, B, packet_id) == ("refused", code)
+    assert len(two[B].runner.tasks) == tried
+    assert two[B].site.store.attachments("base") == ()
+    assert is_gone(two, packet_id)
+    two.step()
+    assert receipts(two, packet_id) == [(B, "refused", code)]
+    two.close()
+
+
+@pytest.mark.parametrize(("change", "code"), [(revoke, "AG-ROS-003"), (forbid_donor, "AG-PRV-005")])
+def test_refuses_what_changes_before_an_automatic_trial(two, clock, change, code):
+    packet_id = donate(two)
+    dispatcher.queue_dispatch(two[A].site, packet_id, [B])
+    two[A].work()
+    two.relay()
+    site = two[B].site
+    assert jobs.run_job(site, site.store.next_job("heavy"))
+    assert state(two, B, packet_id)[0] == "verified"
+    change(two, clock)
+    two[B].work()
+    assert state(two, B, packet_id) == ("refused", code)
+    assert two[B].runner.tasks == []
+
+
+def test_refuses_to_keep_automatically_a_donor_revoked_during_the_trial(two, monkeypatch):
+    packet_id = donate(two)
+    run = two[B].runner.run
+
+    def revoking(name, task, progress):
+        two.revoke(A)
+        return run(name, task, progress)
+
+    monkeypatch.setattr(two[B].runner, "run", revoking)
+    send(two, packet_id)
+    assert state(two, B, packet_id) == ("refused", "AG-ROS-003")
+    assert is_gone(two, packet_id)
+
+
+def test_a_policy_that_asks_for_a_person_during_the_trial_is_obeyed(two, monkeypatch):
+    packet_id = donate(two)
+    run = two[B].runner.run
+
+    def changing(name, task, progress):
+        two[B].home.policy_file.write_text(NO_KEEP)
+        return run(name, task, progress)
+
+    monkeypatch.setattr(two[B].runner, "run", changing)
+    send(two, packet_id)
+    assert state(two, B, packet_id) == ("trialled", "")
+
+
+def lose_policy(two):
+    two[B].home.policy_file.unlink()
+
+
+def expire_roster(two):
+    two.change(expires=datetime.now(UTC) - timedelta(seconds=1))
+
+
+def expose_key(two):
+    two[B].home.path("keys", "sealing.key").chmod(0o644)
+
+
+FAULTS = [(lose_policy, "AG-PRV-001"), (expire_roster, "AG-ROS-007"), (expose_key, "AG-KEY-004")]
+
+
+@pytest.mark.parametrize(
+    ("kind", "policy", "before"), [("trial", NO_TRIAL, "verified"), ("keep", NO_KEEP, "trialled")]
+)
+@pytest.mark.parametrize(("change", "code"), FAULTS)
+def test_a_fault_of_this_site_makes_the_packet_wait(tmp_path, kind, policy, before, change, code):
+    two, packet_id = arrive(tmp_path, policy)
+    change(two)
+    assert ask(two, kind, packet_id).code == code
+    assert state(two, B, packet_id)[0] == before
+    assert two[B].site.store.attachments("base") == ()
+    two.close()
+
+
+@pytest.mark.parametrize("code", ["AG-RCP-030", "AG-RCP-031", "AG-RCP-032", "AG-EVA-001"])
+def test_a_trial_without_usable_own_text_can_be_repeated(tmp_path, code):
+    two, packet_id = arrive(tmp_path, NO_TRIAL)
+    two[B].runner.errors["try"] = RejectedError(code, "own text is missing")
+    ask(two, "trial", packet_id)
+    assert state(two, B, packet_id) == ("verified", code)
+    assert two[B].site.store.packet(packet_id).reason == "own text is missing"
+    assert is_gone(two, packet_id)
+    two[B].runner.errors.clear()
+    ask(two, "trial", packet_id)
+    assert state(two, B, packet_id) == ("kept", "")
+    two.close()
+
+
+def test_a_payload_that_does_not_fit_is_refused_by_its_trial(two):
+    two[B].runner.errors["try"] = RejectedError("AG-RCP-003", "tensor b has another shape")
+    packet_id = donate(two)
+    send(two, packet_id)
+    assert state(two, B, packet_id) == ("refused", "AG-RCP-003")
+    assert is_gone(two, packet_id)
+
+
+def test_no_plain_payload_lies_around_but_while_it_is_tried(two, monkeypatch):
+    packet_id = donate(two)
+    seen = []
+    run = two[B].runner.run
+
+    def looking(name, task, progress):
+        seen.append(sorted(path.name for path in Path(task["payload"]).iterdir()))
+        if len(seen) == 1:
+            raise UnavailableError("AG-SIT-007", "killed")
+        return run(name, task, progress)
+
+    monkeypatch.setattr(two[B].runner, "run", looking)
+    dispatcher.queue_dispatch(two[A].site, packet_id, [B])
+    two[A].work()
+    two.relay()
+    site = two[B].site
+    opened = site.packet_path(packet_id, "opened")
+    for _ in range(3):  # taken in, tried in vain, tried
+        assert not opened.exists()
+        jobs.run_job(site, site.store.next_job("heavy"))
+    assert not opened.exists()
+    assert seen == [["organ.safetensors"]] * 2
+    assert state(two, B, packet_id) == ("kept", "")
+
+
+# --- what is kept was tried as it is kept ---
+
+
+def test_refuses_to_keep_a_second_packet_on_a_stack_it_was_not_tried_on(tmp_path):
+    two, first = arrive(tmp_path, NO_KEEP.replace("automatic_trial = true", ""))
+    second = donate(two)
+    send(two, second)
+    for packet_id in (first, second):
+        ask(two, "trial", packet_id)
+    assert ask(two, "keep", first).state == "done"
+    assert ask(two, "keep", second).code == "AG-SIT-016"
+    assert state(two, B, second) == ("verified", "AG-SIT-016")
+    assert [a.packet_id for a in two[B].site.store.attachments("base")] == [first]
+    ask(two, "trial", second)
+    assert two[B].runner.done("try")[-1]["stack"] == [
+        str(two[B].site.packet_path(first, "attachment"))
+    ]
+    assert ask(two, "keep", second).state == "done"
+    assert [a.packet_id for a in two[B].site.store.attachments("base")] == [first, second]
+    two.close()
+
+
+def test_queues_a_new_trial_where_the_policy_tries_by_itself(tmp_path):
+    two, first = arrive(tmp_path, NO_KEEP)
+    second = donate(two)
+    send(two, second)
+    ask(two, "keep", first)
+    assert ask(two, "keep", second).code == "AG-SIT-016"
+    assert state(two, B, second) == ("trialled", "")
+    assert len(two[B].runner.done("try")) == 3
+    assert ask(two, "keep", second).state == "done"
+    two.close()
+
+
+def test_refuses_to_keep_on_a_model_that_was_replaced_since_the_trial(tmp_path):
+    two, packet_id = arrive(tmp_path, NO_KEEP)
+    two[B].add_model("base", write_model(tmp_path / "descendant", drift=0.05))
+    assert ask(two, "keep", packet_id).code == "AG-SIT-016"
+    two.close()
+
+
+def test_refuses_to_keep_under_stricter_limits_than_it_was_tried_under(tmp_path):
+    two, packet_id = arrive(tmp_path, NO_KEEP.replace("automatic_trial = true", ""))
+    ask(two, "trial", packet_id)
+    policy = two[B].home.policy_file
+    policy.write_text(policy.read_text() + "min_gain = 0.5\n")
+    assert ask(two, "keep", packet_id).code == "AG-SIT-016"
+    two.close()
+
+
+def test_packets_that_are_kept_automatically_are_tried_on_each_other(two):
+    packets = [donate(two), donate(two)]
+    for packet_id in packets:
+        send(two, packet_id)
+    assert [a.packet_id for a in two[B].site.store.attachments("base")] == packets
+    assert [len(task["stack"]) for task in two[B].runner.done("try")] == [0, 1]
+
+
+def test_nobody_keeps_a_packet_while_it_is_tried_again(tmp_path):
+    two, packet_id = arrive(tmp_path, NO_KEEP)
+    site = two[B].site
+    two[B].runner.errors["try"] = UnavailableError("AG-SIT-007", "killed")
+    site.store.add_job("heavy", "trial", packet_id)
+    assert not jobs.run_job(site, site.store.next_job("heavy"))
+    with pytest.raises(RejectedError, match="AG-SIT-004"):
+        trial.keep_packet(site, packet_id)
+    two.close()
+
+
 # --- interruptions ---
 
 
@@ -470,8 +787,6 @@ def test_a_full_disk_puts_the_job_back_and_it_ends_later(two):
     packet_id, number = donor.plan_donation(two[A].site, two[A].plan())
     two[A].runner.errors["train"] = UnavailableError("AG-STO-001", "no space")
     job = two[A].site.store.next_job("heavy")
-    from allograft_client import jobs
-
     assert not jobs.run_job(two[A].site, job)
     waiting = two[A].site.store.job(number)
     assert (waiting.state, waiting.code) == ("queued", "AG-STO-001")
@@ -483,8 +798,6 @@ def test_a_full_disk_puts_the_job_back_and_it_ends_later(two):
 def test_a_worker_that_dies_again_and_again_is_given_up(two):
     packet_id, _ = donor.plan_donation(two[A].site, two[A].plan())
     two[A].runner.errors["train"] = UnavailableError("AG-SIT-007", "killed")
-    from allograft_client import jobs
-
     for _ in range(5):
         jobs.run_job(two[A].site, two[A].site.store.next_job("heavy"))
     assert state(two, A, packet_id) == ("failed", "AG-SIT-007")
@@ -493,8 +806,6 @@ def test_a_worker_that_dies_again_and_again_is_given_up(two):
 def test_training_is_not_repeated_after_a_restart(two):
     packet_id, _ = donor.plan_donation(two[A].site, two[A].plan())
     two[A].runner.errors["evaluate"] = UnavailableError("AG-SIT-007", "killed")
-    from allograft_client import jobs
-
     jobs.run_job(two[A].site, two[A].site.store.next_job("heavy"))
     two[A].runner.errors.clear()
     two.reopen()
@@ -546,3 +857,13 @@ def test_a_crash_inside_a_job_leaves_a_state_with_a_reason(two, monkeypatch):
     monkeypatch.setattr(recipient, "_choose_model", crash)
     send(two, packet_id)
     assert state(two, B, packet_id) == ("quarantined", "AG-SIT-007")
+
+
+def test_a_crash_while_taking_in_is_told_by_a_receipt_and_leaves_no_file(two, monkeypatch):
+    from allograft_client import recipient
+
+    packet_id = donate(two)
+    monkeypatch.setattr(recipient, "_choose_model", lambda *_: {}["unforeseen"])
+    send(two, packet_id)
+    assert receipts(two, packet_id) == [(B, "quarantined", "AG-SIT-007")]
+    assert list(two[B].home.path("inbox").iterdir()) == []

@@ -61,6 +61,8 @@ CHANGES = {
     "a long purpose": (_set("purpose", "x" * 513), "AG-PRO-001"),
     "norms of other files": (_set("norms", {"x": 1}), "AG-PRO-001"),
     "an integer dtype": (_set("wire_dtype", "I8"), "AG-PRO-001"),
+    "a dtype that is a list": (_set("wire_dtype", []), "AG-PRO-001"),
+    "a dtype that is an object": (_set("wire_dtype", {}), "AG-PRO-001"),
     "a parent that is no id": (_set("parents", ["x"]), "AG-PRO-001"),
     "a thousand parents": (_set("parents", ["0" * 32] * 1000), "AG-PRO-001"),
     "a sketch that is not base64": (_set("base", "sketch", 0, "values", "*"), "AG-PRO-001"),

@@ -275,7 +275,8 @@ def _read(predicate: Mapping[str, canonical.Json]) -> PacketStatement:
         name: canonical.as_number(norm)
         for name, norm in canonical.as_mapping(fields["norms"]).items()
     }
-    if norms.keys() != set(kind.parts) or fields["wire_dtype"] not in PACKET_DTYPES:
+    wire_dtype = canonical.as_text(fields["wire_dtype"])
+    if norms.keys() != set(kind.parts) or wire_dtype not in PACKET_DTYPES:
         raise RejectedError("AG-PRO-001", "the norms or the dtype are not those of the parts")
     parents = _bounded(fields["parents"], _PARENTS)
     return PacketStatement(
@@ -289,7 +290,7 @@ def _read(predicate: Mapping[str, canonical.Json]) -> PacketStatement:
         parts=parts,
         facts=canonical.as_mapping(fields["facts"]),
         dose=_read_dose(fields["dose"]),
-        wire_dtype=canonical.as_text(fields["wire_dtype"]),
+        wire_dtype=wire_dtype,
         domain=canonical.as_line(fields["domain"]),
         language=canonical.as_line(fields["language"]),
         licence=_read_licence(fields["licence"]),
