@@ -89,6 +89,10 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
             "an Ed25519 key is unusable (not canonical, or of small order)",
             "The key's owner must make a fresh one; such a key lets its owner deny signatures.",
         ),
+        "AG-KEY-004": ErrorCode(
+            "a private key file can be read by others, or is not a plain file",
+            "Make it a regular file owned by this user with mode 0600 (chmod 600 FILE).",
+        ),
         "AG-SIG-001": ErrorCode(
             "a signed envelope is malformed",
             "Ask its author for a fresh copy; see protos/spec/packet.md for the format.",
@@ -113,10 +117,6 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
         "AG-SEA-003": ErrorCode(
             "a sealed file has another size than announced",
             "Ask the donor for a new dispatch; if it persists, report the donor.",
-        ),
-        "AG-KEY-004": ErrorCode(
-            "a private key file can be read by others, or is not a plain file",
-            "Make it a regular file owned by this user with mode 0600 (chmod 600 FILE).",
         ),
         # --- AG-SIT: the site daemon and its command line ---
         "AG-SIT-001": ErrorCode(
