@@ -215,6 +215,7 @@ SITE_EDITS = {
     "pem": {"signing_keys": ["-----BEGIN PUBLIC KEY-----"]},
     "sealing": {"sealing_key": "AAAA"},
     "sealing-base64": {"sealing_key": "!"},
+    "sealing-beyond-ascii": {"sealing_key": "é"},
     "vkey": {"witness_vkey": "a+00000000+AAAA"},
     "vkey-name": {"witness_vkey": make_vkey("b", WITNESS, NoteKey.generate().public)},
     "vkey-type": {"witness_vkey": make_vkey("a", 1, NoteKey.generate().public)},
@@ -272,8 +273,10 @@ def test_bundles_name_nothing_else(files):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{}", b'{"files":[]}', b'{"files":{"timestamp.json":"!"}}']
-)
+    "content",
+    [b"", b"{}", b'{"files":[]}', b'{"files":{"timestamp.json":"!"}}',
+     '{"files":{"timestamp.json":"é"}}'.encode()],
+)  # fmt: skip
 def test_malformed_bundles_are_refused(content):
     refused("AG-ROS-008", bundle.unpack, content)
 
@@ -284,7 +287,10 @@ def test_malformed_invitations_are_refused(world):
         fewer = {key: value for key, value in whole.items() if key != name}
         refused("AG-ROS-014", Invitation.from_bytes, canonical.dumps(fewer))
     refused("AG-ROS-014", Invitation.from_bytes, canonical.dumps({**whole, "v": 2}))
-    refused("AG-ROS-014", Invitation.from_bytes, canonical.dumps({**whole, "root": "!"}))
+    for name in ("root", "roster"):
+        for text in ("!", "é"):
+            changed = canonical.dumps({**whole, name: text})
+            refused("AG-ROS-014", Invitation.from_bytes, changed)
 
 
 # --- enrolment ---
@@ -315,6 +321,15 @@ def test_a_proof_counts_for_its_own_request_only():
     second = json.loads(request_site(longer, party.keys))
     mixed = canonical.dumps({**second, "proofs": first["proofs"]})
     refused("AG-ROS-005", verify_site_request, mixed)
+
+
+@pytest.mark.parametrize("text", ["!", "é", "AAAA"])
+@pytest.mark.parametrize("purpose", ["witness", "node"])
+def test_a_proof_that_is_no_signature_is_refused(purpose, text):
+    party = Party("a")
+    request = json.loads(request_site(party.record, party.keys))
+    request["proofs"][purpose] = text
+    refused("AG-ROS-005", verify_site_request, canonical.dumps(request))
 
 
 def test_a_low_order_witness_key_is_never_enrolled():

@@ -78,6 +78,7 @@ REFUSED = [
     (canonical.as_number, [True, "1", None, 1e301]),
     (canonical.as_bool, [1, 0, "true", None]),
     (canonical.as_sha256, ["a" * 63, "A" * 64, "a" * 64 + "\n", 1, "g" * 64]),
+    (canonical.as_base64, ["!", "AAA", "AAAA\n", "A-A=", "é", None, b"AAAA"]),
     (canonical.as_random_id, ["a" * 31, "A" * 32, "a" * 33, None]),
     (canonical.as_site, ["", "-a", "a" * 64, "A", "a_b", "a/b", "a\n", "ä"]),
     (canonical.as_line, ["a\nb", "a\x00", "\u202eabc", "a" * 513, "\x7f", 1]),
@@ -96,6 +97,7 @@ def test_readers_return_what_they_accept():
     assert canonical.as_int(0) == 0
     assert canonical.as_number(3) == 3.0
     assert canonical.as_bool(False) is False
+    assert canonical.as_base64("AAE=") == b"\x00\x01"
     assert canonical.as_site("hospital-a1") == "hospital-a1"
     assert canonical.as_line("Entlassbriefe, Kardiologie") == "Entlassbriefe, Kardiologie"
 

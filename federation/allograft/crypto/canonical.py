@@ -8,6 +8,7 @@ integers that a double cannot hold, deep nesting and lone surrogates.
 
 from __future__ import annotations
 
+import base64
 import json
 import math
 import re
@@ -185,6 +186,15 @@ def as_sha256(value: Json) -> str:
     if not _SHA256.fullmatch(text):
         raise RejectedError("AG-IN-003", "expected a SHA-256 digest in hex")
     return text
+
+
+def as_base64(value: Json) -> bytes:
+    """The bytes of a string in padded standard base64."""
+    text = as_text(value)
+    try:
+        return base64.b64decode(text, validate=True)
+    except ValueError as error:  # binascii.Error is one; text beyond ASCII raises the plain one
+        raise RejectedError("AG-IN-003", "expected base64") from error
 
 
 def as_random_id(value: Json) -> str:

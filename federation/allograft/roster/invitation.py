@@ -9,7 +9,6 @@ verified roster; the copies here are for people who read the file.
 from __future__ import annotations
 
 import base64
-import binascii
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -74,17 +73,10 @@ class Invitation:
                 coordinator_id=canonical.as_site(fields["coordinator"]),
                 address=canonical.as_line(fields["address"]),
                 tls_ca_pem=canonical.as_text(fields["tls_ca_pem"]),
-                root_json=_decode(fields["root"]),
-                files=bundle.unpack(_decode(fields["roster"])),
+                root_json=canonical.as_base64(fields["root"]),
+                files=bundle.unpack(canonical.as_base64(fields["roster"])),
             )
         except RejectedError as error:
             if error.code == "AG-ROS-008":
                 raise
             raise RejectedError("AG-ROS-014", f"invitation: {error.cause}") from error
-
-
-def _decode(value: canonical.Json) -> bytes:
-    try:
-        return base64.b64decode(canonical.as_text(value), validate=True)
-    except binascii.Error as error:
-        raise RejectedError("AG-ROS-014", "a field of an invitation is not base64") from error
