@@ -66,7 +66,7 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
         # --- AG-STO: local storage ---
         "AG-STO-001": ErrorCode(
             "the disk is full or refuses writes",
-            "Free space on the volume of the state directory; the operation resumes by itself.",
+            "Free space on that volume; a daemon then goes on by itself, a command is run again.",
         ),
         "AG-STO-002": ErrorCode(
             "another daemon already uses this state directory",
@@ -75,6 +75,10 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
         "AG-STO-003": ErrorCode(
             "the state directory is missing or incomplete",
             "Run the init command for this directory first.",
+        ),
+        "AG-STO-005": ErrorCode(
+            "a path cannot be read or written",
+            "Check that the named path exists, is of the right sort and is this user's to use.",
         ),
         # --- AG-KEY, AG-SIG, AG-SEA: keys, signatures, sealing ---
         "AG-KEY-001": ErrorCode(
