@@ -2,6 +2,7 @@
 """Claims about `allograft packet`: a real roster, a real witnessed log, no daemon."""
 
 import json
+import os
 import shutil
 from datetime import timedelta
 
@@ -225,6 +226,12 @@ def test_lint_refuses_with_the_code_of_the_defect(capsys, tmp_path):
     assert status == 1
     assert stderr.startswith("allograft: error: AG-PKT-010: ")
     assert "\nallograft: hint: " in stderr
+
+
+def test_lint_does_not_wait_for_a_pipe(capsys, tmp_path):
+    os.mkfifo(tmp_path / "x.safetensors")
+    status, _, stderr = run(capsys, "lint", tmp_path / "x.safetensors")
+    assert (status, "AG-STO-005" in stderr) == (3, True)
 
 
 def test_usage_errors_leave_with_two(capsys, tmp_path):

@@ -26,6 +26,7 @@ from allograft.log.event import verify_event
 from allograft.log.proof import verify_proof
 from allograft.packet import adapter, container, tensors
 from allograft.packet.header import Header
+from allograft.plainfile import open_plain
 from allograft.provenance import verify
 from allograft.provenance.dispatch import DISPATCH_NAME
 from allograft.provenance.statement import PacketStatement
@@ -174,7 +175,7 @@ def lint(
     format: FormatOption = Format.text,
 ) -> None:
     """Hold one tensor file against the rules that packets obey."""
-    with file.open("rb") as handle:
+    with open_plain(file) as handle:
         checked = tensors.check_file(handle)
     table = checked.table
     dtypes = dict(Counter(entry.dtype for entry in table.entries))

@@ -38,6 +38,7 @@ from allograft.packet.header import (
     part_name,
 )
 from allograft.packet.kinds import find_kind
+from allograft.plainfile import read_plain
 
 _PAYLOAD_LABEL = b"allograft/payload/v1\0"
 _MANIFEST_LABEL = b"allograft/manifest/v1\0"
@@ -205,19 +206,10 @@ def read_document(path: Path, max_bytes: int) -> bytes:
         RejectedError: AG-PKT-002 if missing or no regular file, AG-IN-002 if too large.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        return read_plain(path, max_bytes, follow_links=False)
     except OSError as error:
-        raise RejectedError("AG-PKT-002", f"{path.name} is missing or is a link") from error
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise RejectedError("AG-PKT-002", f"{path.name} is not a regular file")
-        with os.fdopen(descriptor, "rb", closefd=False) as handle:
-            content = handle.read(max_bytes + 1)
-    finally:
-        os.close(descriptor)
-    if len(content) > max_bytes:
-        raise RejectedError("AG-IN-002", f"{path.name} is larger than {max_bytes} bytes")
-    return content
+        cause = f"{path.name} is missing, a link or no regular file"
+        raise RejectedError("AG-PKT-002", cause) from error
 
 
 def check_sealed_files(directory: Path, header: Header) -> None:

@@ -30,6 +30,7 @@ from allograft.crypto import canonical
 from allograft.durable import durable_write, storage_errors
 from allograft.errors import RejectedError
 from allograft.limits import LIMITS
+from allograft.plainfile import read_plain
 from allograft.roster import bundle
 from allograft.roster.records import (
     CoordinatorRecord,
@@ -146,7 +147,7 @@ class RosterClient:
         """
         if not self._path.exists():
             raise RejectedError("AG-ROS-009", "no roster was verified here yet")
-        return bundle.unpack(self._path.read_bytes())
+        return bundle.unpack(read_plain(self._path, LIMITS.roster_bundle_bytes))
 
     @property
     def _path(self) -> Path:
@@ -156,7 +157,7 @@ class RosterClient:
         anchor = self._directory / "root.json"
         if not anchor.exists():
             raise RejectedError("AG-ROS-009", "no root is trusted here yet")
-        return anchor.read_bytes()
+        return read_plain(anchor, LIMITS.roster_file_bytes)
 
 
 def verify_bundle(
