@@ -131,10 +131,23 @@ def test_commands_without_a_state_say_what_is_missing(tmp_path, capsys):
     assert refusal(capsys, "status", "--state", tmp_path / "none") == (3, "AG-STO-003")
 
 
-@pytest.mark.parametrize("text", [b"site = 3", b"\xff", b"site = [", b'site = "a"\nodd = 1'])
+@pytest.mark.parametrize(
+    "text", [b"site = 3", b"\xff", b"site = [", b'site = "a"\nodd = 1', b"a = " + b"[" * 20_000]
+)
 def test_refuses_malformed_settings(joined, capsys, text):
     (joined / "site.toml").write_bytes(text)
     assert refusal(capsys, "status", "--state", joined) == (1, "AG-SIT-001")
+
+
+def test_huge_settings_are_not_read(joined, capsys):
+    (joined / "site.toml").write_bytes(b"#" * 70_000)
+    assert refusal(capsys, "status", "--state", joined) == (1, "AG-IN-002")
+
+
+def test_settings_that_are_no_file_are_unavailable(joined, capsys):
+    (joined / "site.toml").unlink()
+    (joined / "site.toml").mkdir()
+    assert refusal(capsys, "status", "--state", joined) == (3, "AG-STO-005")
 
 
 def test_an_exposed_key_is_refused(joined, capsys):
