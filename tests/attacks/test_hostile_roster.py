@@ -15,7 +15,7 @@ from allograft.crypto.notekey import NoteKey
 from allograft.crypto.vkey import WITNESS, make_vkey
 from allograft.errors import RejectedError
 from allograft.roster import bundle, enrolment
-from allograft.roster.client import RosterClient, target_name
+from allograft.roster.client import RosterClient, last_moment, target_name
 from allograft.roster.enrolment import SiteKeys, request_site, verify_site_request
 from allograft.roster.invitation import Invitation
 from allograft.roster.keeper import Keeper
@@ -279,6 +279,19 @@ def test_bundles_name_nothing_else(files):
 )  # fmt: skip
 def test_malformed_bundles_are_refused(content):
     refused("AG-ROS-008", bundle.unpack, content)
+
+
+def test_no_file_of_a_bundle_is_parsed_over_its_limit(world, tmp_path):
+    """Empty arrays take twenty-five times their text once parsed, and roots are parsed early."""
+    bomb = b"[" + b"[]," * (1 << 20) + b"0]"
+    refused("AG-ROS-008", bundle.unpack, bundle.pack({**world.files, "2.root.json": bomb}))
+    refused("AG-ROS-008", world.client.refresh, {**world.files, "2.root.json": bomb}, NOW)
+    refused("AG-ROS-008", RosterClient(tmp_path / "new").trust, bomb)
+
+
+@pytest.mark.parametrize("content", [b"{}", b'{"signed":{}}', b'{"signed":[]}', b"[]"])
+def test_the_last_moment_of_a_malformed_bundle_is_refused(world, content):
+    refused("AG-IN-003", last_moment, {**world.files, "timestamp.json": content})
 
 
 def test_malformed_invitations_are_refused(world):

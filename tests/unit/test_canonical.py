@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Claims about strict JSON and the small readers of its values."""
 
+import tracemalloc
 from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
@@ -46,6 +47,23 @@ def test_refuses_documents_over_their_limit():
     with pytest.raises(RejectedError) as caught:
         canonical.loads(b'"aaaa"', max_bytes=5)
     assert caught.value.code == "AG-IN-002"
+
+
+@pytest.mark.parametrize("piece", [b"[],", b'{"":0},', b"0,", b"[[[[]]]],"])
+def test_refuses_documents_that_grow_when_they_are_parsed(piece):
+    """Sixty megabytes of empty arrays take 14 seconds and 1.5 gigabytes once they are values."""
+    bomb = b"[" + piece * ((16 << 20) // len(piece)) + b"0]"
+    tracemalloc.start()
+    with pytest.raises(RejectedError) as caught:
+        canonical.loads(bomb, max_bytes=64 << 20)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert caught.value.code == "AG-IN-002"
+    assert peak < 1 << 20
+
+
+def test_reads_a_document_of_as_many_values_as_the_largest_trial_report():
+    assert len(canonical.loads(canonical.dumps([0.25] * 400_000))) == 400_000
 
 
 @pytest.mark.parametrize(

@@ -47,6 +47,9 @@ def unpack(content: bytes) -> dict[str, bytes]:
         raise RejectedError("AG-ROS-008", f"roster bundle: {error.cause}") from error
     if not all(_NAME.fullmatch(name) for name in files):
         raise RejectedError("AG-ROS-008", "a roster bundle holds a file of an unknown name")
+    # python-tuf parses some of them before it verifies a signature, and counts nothing.
+    if any(len(content) > LIMITS.roster_file_bytes for content in files.values()):
+        raise RejectedError("AG-ROS-008", "a roster bundle holds a file over its limit")
     return files
 
 

@@ -321,6 +321,8 @@ def root_fingerprint(root_json: bytes) -> str:
 
 def _check_root(content: bytes) -> None:
     """Refuse a root with keys that we do not use, before anything is verified with them."""
+    if len(content) > LIMITS.roster_file_bytes:
+        raise RejectedError("AG-ROS-008", f"a root of {len(content)} bytes")
     try:
         metadata = Metadata[Root].from_bytes(content)
     except RepositoryError as error:
@@ -354,5 +356,5 @@ def last_moment(files: bundle.Files) -> datetime:
 
 
 def _expiry(content: bytes) -> str:
-    fields = canonical.as_mapping(canonical.loads(content, LIMITS.roster_bundle_bytes))
-    return canonical.as_text(canonical.as_mapping(fields["signed"])["expires"])
+    fields = canonical.as_mapping(canonical.loads(content, LIMITS.roster_file_bytes))
+    return canonical.as_text(canonical.as_mapping(fields.get("signed")).get("expires"))
