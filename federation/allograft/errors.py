@@ -399,7 +399,8 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
         ),
         "AG-ROS-016": ErrorCode(
             "the keeper's directory is not usable",
-            "Give an empty directory to init, and an initialised one to the other commands.",
+            "Give an empty directory to init, and an initialised one to the other commands; a "
+            "damaged one comes back from its backup.",
         ),
         # --- AG-LOG: the log, its witnesses and its audit ---
         "AG-LOG-001": ErrorCode(

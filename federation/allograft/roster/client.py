@@ -76,7 +76,7 @@ class RosterClient:
             RejectedError: AG-ROS-010 if another root is trusted already, AG-ROS-008 if it is
                 malformed, AG-KEY-003 if a key of it is unusable.
         """
-        _check_root(root_json)
+        read_root(root_json)
         anchor = self._directory / "root.json"
         if anchor.exists() and anchor.read_bytes() != root_json:
             raise RejectedError("AG-ROS-010", "another root is trusted here already")
@@ -176,7 +176,7 @@ def verify_bundle(
     """
     for name, content in files.items():
         if name.endswith(".root.json"):
-            _check_root(content)
+            read_root(content)
     with storage_errors("a scratch copy of the roster"), TemporaryDirectory() as scratch:
         trusted = Path(scratch)
         if previous:
@@ -319,8 +319,12 @@ def root_fingerprint(root_json: bytes) -> str:
     return hashlib.sha256(root_json).hexdigest()
 
 
-def _check_root(content: bytes) -> None:
-    """Refuse a root with keys that we do not use, before anything is verified with them."""
+def read_root(content: bytes) -> Root:
+    """Read a root; its keys are of the kind that we use, its signatures are yet to be verified.
+
+    Raises:
+        RejectedError: AG-ROS-008 if it is malformed, AG-KEY-003 if a key of it is unusable.
+    """
     if len(content) > LIMITS.roster_file_bytes:
         raise RejectedError("AG-ROS-008", f"a root of {len(content)} bytes")
     try:
@@ -332,6 +336,7 @@ def _check_root(content: bytes) -> None:
         raise RejectedError("AG-ROS-008", "a root of the roster is not a root")
     for key in root.keys.values():
         check_tuf_key(key)
+    return root
 
 
 def _check_name(expected: str, found: str) -> None:
