@@ -2,6 +2,7 @@
 """Claims about `allograft roster` and the shell that all our command lines share."""
 
 import errno
+import io
 import json
 import os
 import subprocess
@@ -114,6 +115,13 @@ def test_a_wrong_fingerprint_is_refused_with_a_hint(files, run):
     assert second.startswith("allograft: hint: ")
 
 
+def test_without_a_terminal_nobody_is_asked(files, run):
+    run(*files.init())
+    status, out, err = run("roster", "enrol", files.keeper, files.request("a"))
+    assert (status, out) == (1, "")
+    assert ("AG-ROS-011" in err, "--fingerprint" in err) == (True, True)
+
+
 def test_a_script_cannot_skip_the_comparison(files, run):
     run(*files.init())
     status, _, err = run("roster", "enrol", files.keeper, files.request("a"), "--format", "json")
@@ -125,6 +133,8 @@ def test_a_script_cannot_skip_the_comparison(files, run):
 def test_a_person_is_asked(files, run, monkeypatch):
     run(*files.init())
     answers = iter([False, True])
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     monkeypatch.setattr("allograft.cli.roster.typer.confirm", lambda question: next(answers))
     request = files.request("a")
     assert run("roster", "enrol", files.keeper, request)[0] == 1
@@ -136,6 +146,12 @@ def test_a_person_is_asked(files, run, monkeypatch):
 def test_the_coordinators_fingerprint_can_be_compared_too(files, run):
     status, _, err = run(*files.init(), "--fingerprint", "0" * 40)
     assert (status, "AG-ROS-011" in err) == (1, True)
+    assert not files.keeper.exists()
+
+
+def test_a_threshold_that_no_root_could_reach_is_misuse(files, run):
+    status, _, err = run(*files.init(), "--keys", 2, "--threshold", 3)
+    assert (status, "--threshold of 3" in err, "--help" in err) == (2, True, True)
     assert not files.keeper.exists()
 
 
