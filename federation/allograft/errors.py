@@ -61,7 +61,7 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
         ),
         "AG-IN-003": ErrorCode(
             "a field is missing, unknown or of the wrong type",
-            "Compare the document with its page in protos/spec.",
+            "Correct the named option; compare a document with its page in protos/spec.",
         ),
         # --- AG-STO: local storage ---
         "AG-STO-001": ErrorCode(
@@ -124,8 +124,9 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
         ),
         # --- AG-SIT: the site daemon and its command line ---
         "AG-SIT-001": ErrorCode(
-            "the site's settings are malformed",
-            "Correct site.toml in the state directory; `allograft-site init` shows a fresh one.",
+            "a setting of the site is malformed",
+            "Correct what the cause names: an option such as --site, or a line of site.toml in the "
+            "state directory.",
         ),
         "AG-SIT-002": ErrorCode(
             "a newer version of allograft wrote this state",
@@ -191,7 +192,7 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
         ),
         "AG-PKT-002": ErrorCode(
             "a packet directory holds other files than its kind has",
-            "Remove what does not belong there; links and special files are never followed.",
+            "Keep exactly the files of its kind in it; links and special files are never followed.",
         ),
         "AG-PKT-003": ErrorCode(
             "a packet header is malformed",
@@ -370,7 +371,8 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
         ),
         "AG-ROS-009": ErrorCode(
             "there is no trusted roster yet",
-            "Join with an invitation, or import the roster that the keeper published.",
+            "A site joins with an invitation. At a coordinator, import the roster that the keeper "
+            "published and start the daemon: it verifies what was imported.",
         ),
         "AG-ROS-010": ErrorCode(
             "the root of a roster is not the expected one",
@@ -513,8 +515,9 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
         ),
         # --- AG-CRD: the coordinator ---
         "AG-CRD-001": ErrorCode(
-            "the coordinator's configuration is malformed",
-            "Compare coordinator.toml with the one that `allograft-coordinator init` writes.",
+            "a setting of the coordinator is malformed",
+            "Correct what the cause names: an option such as --address or --state, or a line of "
+            "coordinator.toml in the state directory.",
         ),
         "AG-CRD-002": ErrorCode(
             "the coordinator has no usable roster",

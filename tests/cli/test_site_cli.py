@@ -122,6 +122,22 @@ def test_refuses_files_that_are_no_invitation(state, tmp_path, capsys, content):
     assert refusal(capsys, *arguments) == (1, "AG-ROS-014")
 
 
+@pytest.mark.parametrize("name", ["absent.json", "."])
+def test_joining_with_what_is_no_file_names_the_path(state, tmp_path, capsys, name):
+    arguments = ("join", tmp_path / name, "--root-fingerprint", "0" * 64, "--state", state)
+    assert refusal(capsys, *arguments) == (3, "AG-STO-005")
+
+
+def test_a_model_is_added_from_paths_that_exist(joined, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("one line\n")
+    good = {"--path": tmp_path, "--data": text, "--retention": text}
+    for option in good:
+        paths = [part for pair in {**good, option: "absent"}.items() for part in pair]
+        arguments = ("model", "add", "m", *paths, "--state", joined)
+        assert refusal(capsys, *arguments) == (3, "AG-STO-005")
+
+
 def test_commands_before_joining_say_what_is_missing(state, capsys):
     assert refusal(capsys, "status", "--state", state) == (1, "AG-SIT-008")
     assert refusal(capsys, "packets", "--state", state) == (1, "AG-SIT-008")
