@@ -300,6 +300,10 @@ def test_malformed_invitations_are_refused(world):
         fewer = {key: value for key, value in whole.items() if key != name}
         refused("AG-ROS-014", Invitation.from_bytes, canonical.dumps(fewer))
     refused("AG-ROS-014", Invitation.from_bytes, canonical.dumps({**whole, "v": 2}))
+    # What a site joins by is in the signed roster; a field beside it could say something else.
+    for name in ("address", "coordinator", "tls_ca_pem"):
+        more = canonical.dumps({**whole, name: "elsewhere"})
+        refused("AG-ROS-014", Invitation.from_bytes, more)
     for name in ("root", "roster"):
         for text in ("!", "é"):
             changed = canonical.dumps({**whole, name: text})

@@ -234,7 +234,8 @@ class Keeper:
         for name, content in files.items():
             if not name.startswith("targets/") and not name.endswith(".root.json"):
                 durable_write(self._path("metadata", name), content, mode=0o644)
-        return Published(version, roster.digest, self.fingerprint, files, self._invite(files))
+        invitation = Invitation(files["1.root.json"], files)
+        return Published(version, roster.digest, self.fingerprint, files, invitation)
 
     def renew_root(
         self, now: datetime, coordinator: CoordinatorRecord | None = None
@@ -303,16 +304,6 @@ class Keeper:
         client = RosterClient(self._path("client"))
         client.trust(self._read("metadata", "1.root.json"))
         return client.refresh(files, now)
-
-    def _invite(self, files: bundle.Files) -> Invitation:
-        coordinator = self.coordinator
-        return Invitation(
-            coordinator_id=coordinator.coordinator_id,
-            address=coordinator.address,
-            tls_ca_pem=coordinator.tls_ca_pem,
-            root_json=files["1.root.json"],
-            files=files,
-        )
 
     def _roots(self) -> dict[str, bytes]:
         paths = self._path("metadata").glob("*.root.json")
