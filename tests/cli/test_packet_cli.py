@@ -176,6 +176,15 @@ def test_verify_refuses_what_is_incomplete(capsys, made, out, name, code):
     assert refused(capsys, "verify", out, "--roster", made.roster) == code
 
 
+@pytest.mark.parametrize("name", ["note.txt", "part-001.sealed", ".hidden", "folder"])
+def test_verify_refuses_a_file_too_many(capsys, made, out, name, tmp_path):
+    (out / name).mkdir() if name == "folder" else (out / name).write_bytes(b"x")
+    assert refused(capsys, "verify", out, "--roster", made.roster) == "AG-PKT-002"
+    options = ("--roster", made.roster, "--key", made.key, "--out", tmp_path / "opened")
+    assert refused(capsys, "open", out, *options) == "AG-PKT-002"
+    assert not (tmp_path / "opened").exists()
+
+
 def test_verify_refuses_damage(capsys, made, out):
     path = out / "part-000.sealed"
     path.write_bytes(path.read_bytes()[:-1] + b"")

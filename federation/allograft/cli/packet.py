@@ -192,6 +192,7 @@ def _check(directory: Path, roster_path: Path, key_path: Path | None, now: datet
     verified = verify.verify_dispatch(envelope, header_bytes, roster, "", now)
     place = _check_log(directory, verified, roster, now)
     container.check_sealed_files(directory, header)
+    container.check_closed(directory, header, {DISPATCH_NAME, _EVENT_NAME, _PROOF_NAME})
     description = _describe(header, verified=True)
     if opener is None:
         return _Checked(Verification(description, place), header)

@@ -16,7 +16,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -226,6 +226,23 @@ def check_sealed_files(directory: Path, header: Header) -> None:
     for name, _, digest in sizes:
         if _hash_part(directory / name).sha256 != digest:
             raise RejectedError("AG-PKT-004", f"{name} is not the file that was signed")
+
+
+def check_closed(directory: Path, header: Header, companions: Set[str]) -> None:
+    """Refuse files that no rule asks for: a verdict on a directory covers all that is in it.
+
+    Args:
+        directory: The dispatch directory.
+        header: Its header.
+        companions: Names of the signed documents that travel beside the sealed files.
+
+    Raises:
+        RejectedError: AG-PKT-002.
+    """
+    expected = {HEADER_NAME, MANIFEST_NAME, *companions, *(part.name for part in header.parts)}
+    extra = sorted({entry.name for entry in os.scandir(directory)} - expected)
+    if extra:
+        raise RejectedError("AG-PKT-002", f"{extra[0][:80]!a} does not belong there")
 
 
 def open_manifest(directory: Path, header: Header, opener: Opener) -> bytes:
