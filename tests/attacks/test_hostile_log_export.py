@@ -191,6 +191,16 @@ def test_refuses_a_receipt_by_a_site_that_was_not_addressed(book):
     refused(book.export(), "AG-LOG-015", "entry 3", "no recipient")
 
 
+def test_counts_what_a_missing_document_leaves_unchecked(book):
+    book.tell_story()
+    folder = book.export()
+    assert audit_folder(folder).unchecked_receipts == 0
+    for path in (folder / "document").iterdir():
+        path.unlink()
+    audited = audit_folder(folder)
+    assert (audited.missing_documents, audited.unchecked_receipts) == (5, 2)
+
+
 def test_refuses_a_dispatch_by_another_site_than_the_donor(book):
     book.add("offer", "ward-a")
     book.add("dispatch", "ward-b", dispatch_id="d" * 32)
