@@ -67,7 +67,7 @@ def plan_donation(site: Site, plan: DonationPlan) -> tuple[str, int]:
     site.policy().check_donation(plan.mode, plan.kind)
     site.store.model(plan.model)
     if not plan.data.is_file():
-        raise UnavailableError("AG-STO-005", f"--data: there is no file {plan.data.name}")
+        raise UnavailableError("AG-STO-005", f"--data: there is no file {plan.data}")
     packet_id = secrets.token_hex(16)
     with site.store.transaction():
         site.store.add_packet(

@@ -35,9 +35,9 @@ def add(
     site = open_state(state)
     for what, given in (("data", data), ("retention", retention)):
         if not given.is_file():
-            raise UnavailableError("AG-STO-005", f"--{what}: there is no file {given.name}")
+            raise UnavailableError("AG-STO-005", f"--{what}: there is no file {given}")
     if not path.is_dir():
-        raise UnavailableError("AG-STO-005", f"--path: there is no directory {path.name}")
+        raise UnavailableError("AG-STO-005", f"--path: there is no directory {path}")
     arguments = {
         "path": str(path.resolve()),
         "data": str(data.resolve()),

@@ -98,7 +98,7 @@ def read_invitation(path: Path) -> Invitation:
         UnavailableError: AG-STO-005 if there is no such file.
     """
     if not path.is_file():
-        raise UnavailableError("AG-STO-005", f"there is no file {path.name}")
+        raise UnavailableError("AG-STO-005", f"there is no file {path}")
     return Invitation.from_bytes(read_plain(path, 2 * LIMITS.roster_bundle_bytes))
 
 

@@ -251,7 +251,7 @@ def _ask(site: str, fingerprint: str, format: Format) -> None:
 
 def _read_request(path: Path) -> bytes:
     if not path.is_file():
-        raise UnavailableError("AG-STO-005", f"there is no file {path.name}")
+        raise UnavailableError("AG-STO-005", f"there is no file {path}")
     if path.stat().st_size > LIMITS.roster_file_bytes:
         raise RejectedError("AG-ROS-005", f"{path.name} is too large to be a request")
     return path.read_bytes()
