@@ -21,7 +21,7 @@ from typing import Any
 
 from allograft.crypto import canonical, dsse
 from allograft.durable import durable_write
-from allograft.errors import RejectedError
+from allograft.errors import UnavailableError
 from allograft.packet import container, oms
 from allograft.packet.tensors import check_file
 from allograft.privacy.dossier import Dossier, PayloadPart, Software
@@ -61,12 +61,13 @@ def plan_donation(site: Site, plan: DonationPlan) -> tuple[str, int]:
     Raises:
         RejectedError: AG-PRV-001 no policy, AG-PRV-003 the policy forbids it, AG-SIT-003 unknown
             model, AG-IN-003 or AG-RCP-035 a bad plan, AG-PRV-01x the mode.
+        UnavailableError: AG-STO-005 if there is no such data.
     """
     plan.check()
     site.policy().check_donation(plan.mode, plan.kind)
     site.store.model(plan.model)
     if not plan.data.is_file():
-        raise RejectedError("AG-IN-003", f"there is no file {plan.data.name}")
+        raise UnavailableError("AG-STO-005", f"--data: there is no file {plan.data}")
     packet_id = secrets.token_hex(16)
     with site.store.transaction():
         site.store.add_packet(

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from allograft.cli.shell import Format, FormatOption, emit
-from allograft.errors import RejectedError
+from allograft.errors import UnavailableError
 from allograft_client import requests
 from allograft_client.options import StateOption, TimeoutOption, WaitOption, open_state
 from allograft_client.rows import ModelRow
@@ -35,9 +35,9 @@ def add(
     site = open_state(state)
     for what, given in (("data", data), ("retention", retention)):
         if not given.is_file():
-            raise RejectedError("AG-IN-003", f"--{what}: there is no file {given.name}")
+            raise UnavailableError("AG-STO-005", f"--{what}: there is no file {given}")
     if not path.is_dir():
-        raise RejectedError("AG-IN-003", f"--path: there is no directory {path.name}")
+        raise UnavailableError("AG-STO-005", f"--path: there is no directory {path}")
     arguments = {
         "path": str(path.resolve()),
         "data": str(data.resolve()),

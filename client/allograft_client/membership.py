@@ -17,9 +17,9 @@ from allograft.crypto import keystore, vkey
 from allograft.crypto.keys import NodeKey, SealingKey, SigningKey
 from allograft.crypto.notekey import NoteKey
 from allograft.durable import durable_write
-from allograft.errors import RejectedError
+from allograft.errors import RejectedError, UnavailableError
 from allograft.limits import LIMITS
-from allograft.packet.container import read_document
+from allograft.plainfile import read_plain
 from allograft.roster.client import RosterClient
 from allograft.roster.enrolment import SiteKeys, fingerprint, request_site
 from allograft.roster.invitation import Invitation
@@ -94,9 +94,12 @@ def read_invitation(path: Path) -> Invitation:
     """Read an invitation file; nothing in it is trusted yet.
 
     Raises:
-        RejectedError: AG-PKT-002 if it is missing, AG-ROS-014 or -008 if malformed.
+        RejectedError: AG-ROS-014 or -008 if it is malformed, AG-IN-002 if it is too large.
+        UnavailableError: AG-STO-005 if there is no such file.
     """
-    return Invitation.from_bytes(read_document(path, 2 * LIMITS.roster_bundle_bytes))
+    if not path.is_file():
+        raise UnavailableError("AG-STO-005", f"there is no file {path}")
+    return Invitation.from_bytes(read_plain(path, 2 * LIMITS.roster_bundle_bytes))
 
 
 def join_consortium(home: Home, invitation: Invitation, compared: str) -> Membership:

@@ -16,10 +16,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from allograft.errors import RejectedError, UnavailableError
 from allograft.limits import LIMITS
+from allograft.plainfile import read_plain
 
 #: Linux takes 107 bytes and a NUL for a socket's path; the rest is room for the kernel's naming.
 SOCKET_PATH_BYTES = 100
 
+_FILE_BYTES = 64 << 10
 _SITE = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
 
@@ -86,17 +88,17 @@ class Home:
 
         Raises:
             UnavailableError: AG-STO-003 if `init` has not run here.
-            RejectedError: AG-SIT-001 if the file is malformed.
+            RejectedError: AG-SIT-001 if the file is malformed, AG-IN-002 if it is too large.
         """
         try:
-            text = self.settings_file.read_text("utf-8")
+            text = read_plain(self.settings_file, _FILE_BYTES).decode("utf-8")
         except FileNotFoundError as error:
             raise UnavailableError("AG-STO-003", f"{self.root} holds no site.toml") from error
         except UnicodeDecodeError as error:
             raise RejectedError("AG-SIT-001", "site.toml is not UTF-8 text") from error
         try:
             settings = Settings.model_validate(tomllib.loads(text))
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, RecursionError) as error:
             raise RejectedError("AG-SIT-001", f"site.toml: {error}") from error
         except ValidationError as error:
             first = error.errors()[0]

@@ -21,6 +21,15 @@ from allograft.errors import UnavailableError
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
+def explain(error: OSError) -> UnavailableError:
+    """What an operating system's refusal means: AG-STO-001 for the disk, AG-STO-005 for a path."""
+    reason = error.strerror or type(error).__name__
+    # Of a failed rename the second name is the one that a person gave.
+    path = error.filename2 or error.filename
+    cause = f"{path}: {reason}" if isinstance(path, str) else reason
+    return UnavailableError("AG-STO-001" if error.errno in _FULL else "AG-STO-005", cause)
+
+
 @contextlib.contextmanager
 def storage_errors(what: str) -> Iterator[None]:
     """Turn a full or failing disk into AG-STO-001; other errors pass through.

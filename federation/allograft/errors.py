@@ -61,12 +61,12 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
         ),
         "AG-IN-003": ErrorCode(
             "a field is missing, unknown or of the wrong type",
-            "Compare the document with its page in protos/spec.",
+            "Correct the named option; compare a document with its page in protos/spec.",
         ),
         # --- AG-STO: local storage ---
         "AG-STO-001": ErrorCode(
             "the disk is full or refuses writes",
-            "Free space on the volume of the state directory; the operation resumes by itself.",
+            "Free space on that volume; a daemon then goes on by itself, a command is run again.",
         ),
         "AG-STO-002": ErrorCode(
             "another daemon already uses this state directory",
@@ -75,6 +75,10 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
         "AG-STO-003": ErrorCode(
             "the state directory is missing or incomplete",
             "Run the init command for this directory first.",
+        ),
+        "AG-STO-005": ErrorCode(
+            "a path cannot be read or written",
+            "Check that the named path exists, is of the right sort and is this user's to use.",
         ),
         # --- AG-KEY, AG-SIG, AG-SEA: keys, signatures, sealing ---
         "AG-KEY-001": ErrorCode(
@@ -88,6 +92,10 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
         "AG-KEY-003": ErrorCode(
             "an Ed25519 key is unusable (not canonical, or of small order)",
             "The key's owner must make a fresh one; such a key lets its owner deny signatures.",
+        ),
+        "AG-KEY-004": ErrorCode(
+            "a private key file can be read by others, or is not a plain file",
+            "Make it a regular file owned by this user with mode 0600 (chmod 600 FILE).",
         ),
         "AG-SIG-001": ErrorCode(
             "a signed envelope is malformed",
@@ -114,14 +122,11 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
             "a sealed file has another size than announced",
             "Ask the donor for a new dispatch; if it persists, report the donor.",
         ),
-        "AG-KEY-004": ErrorCode(
-            "a private key file can be read by others, or is not a plain file",
-            "Make it a regular file owned by this user with mode 0600 (chmod 600 FILE).",
-        ),
         # --- AG-SIT: the site daemon and its command line ---
         "AG-SIT-001": ErrorCode(
-            "the site's settings are malformed",
-            "Correct site.toml in the state directory; `allograft-site init` shows a fresh one.",
+            "a setting of the site is malformed",
+            "Correct what the cause names: an option such as --site, or a line of site.toml in the "
+            "state directory.",
         ),
         "AG-SIT-002": ErrorCode(
             "a newer version of allograft wrote this state",
@@ -191,7 +196,7 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
         ),
         "AG-PKT-002": ErrorCode(
             "a packet directory holds other files than its kind has",
-            "Remove what does not belong there; links and special files are never followed.",
+            "Keep exactly the files of its kind in it; links and special files are never followed.",
         ),
         "AG-PKT-003": ErrorCode(
             "a packet header is malformed",
@@ -370,7 +375,8 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
         ),
         "AG-ROS-009": ErrorCode(
             "there is no trusted roster yet",
-            "Join with an invitation, or import the roster that the keeper published.",
+            "A site joins with an invitation. At a coordinator, import the roster that the keeper "
+            "published and start the daemon: it verifies what was imported.",
         ),
         "AG-ROS-010": ErrorCode(
             "the root of a roster is not the expected one",
@@ -399,7 +405,8 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
         ),
         "AG-ROS-016": ErrorCode(
             "the keeper's directory is not usable",
-            "Give an empty directory to init, and an initialised one to the other commands.",
+            "Give an empty directory to init, and an initialised one to the other commands; a "
+            "damaged one comes back from its backup.",
         ),
         # --- AG-LOG: the log, its witnesses and its audit ---
         "AG-LOG-001": ErrorCode(
@@ -512,8 +519,9 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
         ),
         # --- AG-CRD: the coordinator ---
         "AG-CRD-001": ErrorCode(
-            "the coordinator's configuration is malformed",
-            "Compare coordinator.toml with the one that `allograft-coordinator init` writes.",
+            "a setting of the coordinator is malformed",
+            "Correct what the cause names: an option such as --address or --state, or a line of "
+            "coordinator.toml in the state directory.",
         ),
         "AG-CRD-002": ErrorCode(
             "the coordinator has no usable roster",

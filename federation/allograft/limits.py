@@ -16,6 +16,7 @@ class Limits:
     # documents
     json_document_bytes: int = 4 << 20  # any signed JSON document
     json_depth: int = 32
+    json_values: int = 500_000  # commas and opening brackets; a value takes up to 200 bytes
     identifier_chars: int = 64  # site names, aliases: [a-z0-9][a-z0-9-]*
     text_field_chars: int = 512  # any human sentence in a signed document
     signatures: int = 8  # per DSSE envelope

@@ -15,11 +15,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from allograft.durable import durable_write
 from allograft.errors import RejectedError, UnavailableError
+from allograft.plainfile import read_plain
 
 #: Names the daemon's socket in the environment of the ServerApp, which Flower starts for us.
 SOCKET_VARIABLE = "ALLOGRAFT_COORDINATOR_SOCKET"
 
 _NAME = r"^[a-z0-9][a-z0-9-]{0,62}$"
+_FILE_BYTES = 64 << 10
 _HOST = r"^[A-Za-z0-9.:_-]{1,253}$"
 
 
@@ -174,17 +176,17 @@ def read_settings(state: State) -> Settings:
 
     Raises:
         UnavailableError: AG-STO-003 if there are none.
-        RejectedError: AG-CRD-001 if they are malformed.
+        RejectedError: AG-CRD-001 if they are malformed, AG-IN-002 if they are too large.
     """
     try:
-        content = state.config.read_text(encoding="utf-8")
+        content = read_plain(state.config, _FILE_BYTES).decode("utf-8")
     except FileNotFoundError as error:
         raise UnavailableError("AG-STO-003", "there is no coordinator.toml") from error
     except UnicodeDecodeError as error:
         raise RejectedError("AG-CRD-001", "coordinator.toml is not UTF-8") from error
     try:
         fields = tomllib.loads(content)
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise RejectedError("AG-CRD-001", f"coordinator.toml: {error}") from error
     return Settings.checked(**fields)
 

@@ -7,6 +7,7 @@ from datetime import timedelta
 
 import pytest
 
+from allograft.durable import durable_write
 from allograft.errors import RejectedError, UnavailableError
 from allograft.log.audit import audit_folder
 from allograft.log.checkpoint import Checkpoint, sign_checkpoint
@@ -190,6 +191,16 @@ def test_refuses_a_receipt_by_a_site_that_was_not_addressed(book):
     refused(book.export(), "AG-LOG-015", "entry 3", "no recipient")
 
 
+def test_counts_what_a_missing_document_leaves_unchecked(book):
+    book.tell_story()
+    folder = book.export()
+    assert audit_folder(folder).unchecked_receipts == 0
+    for path in (folder / "document").iterdir():
+        path.unlink()
+    audited = audit_folder(folder)
+    assert (audited.missing_documents, audited.unchecked_receipts) == (5, 2)
+
+
 def test_refuses_a_dispatch_by_another_site_than_the_donor(book):
     book.add("offer", "ward-a")
     book.add("dispatch", "ward-b", dispatch_id="d" * 32)
@@ -339,6 +350,42 @@ def test_does_not_write_into_a_folder_in_use(book, tmp_path):
     with pytest.raises(RejectedError) as caught:
         export_log(book.log, tmp_path / "out")
     assert caught.value.code == "AG-LOG-013"
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_an_export_that_failed_half_way_can_be_repeated(book, tmp_path, monkeypatch, is_there):
+    book.tell_story()
+    book.witness()
+    out = tmp_path / "out"
+    if is_there:
+        out.mkdir()
+    written = []
+
+    def fill_up(path, content, mode):
+        written.append(path)
+        if len(written) == 4:
+            raise UnavailableError("AG-STO-001", "full")
+        durable_write(path, content, mode)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("allograft.log.export.durable_write", fill_up)
+        with pytest.raises(UnavailableError):
+            export_log(book.log, out)
+    assert (out.exists(), len(written)) == (is_there, 4)
+    export_log(book.log, out)
+    assert audit_folder(out).size == 6
+
+
+def test_what_a_killed_export_left_is_no_obstacle(book, tmp_path):
+    book.tell_story()
+    book.witness()
+    left = tmp_path / "out" / ".partial" / "roster"
+    left.mkdir(parents=True)
+    (left / "x.json").write_bytes(b"cut sho")
+    with pytest.raises(UnavailableError):
+        audit_folder(tmp_path / "out")
+    export_log(book.log, tmp_path / "out")
+    assert audit_folder(tmp_path / "out").size == 6
 
 
 @pytest.mark.parametrize("entries", [255, 256, 257, 600])

@@ -15,7 +15,7 @@ from allograft.crypto.notekey import NoteKey
 from allograft.crypto.vkey import WITNESS, make_vkey
 from allograft.errors import RejectedError
 from allograft.roster import bundle, enrolment
-from allograft.roster.client import RosterClient, target_name
+from allograft.roster.client import RosterClient, last_moment, target_name
 from allograft.roster.enrolment import SiteKeys, request_site, verify_site_request
 from allograft.roster.invitation import Invitation
 from allograft.roster.keeper import Keeper
@@ -215,6 +215,7 @@ SITE_EDITS = {
     "pem": {"signing_keys": ["-----BEGIN PUBLIC KEY-----"]},
     "sealing": {"sealing_key": "AAAA"},
     "sealing-base64": {"sealing_key": "!"},
+    "sealing-beyond-ascii": {"sealing_key": "é"},
     "vkey": {"witness_vkey": "a+00000000+AAAA"},
     "vkey-name": {"witness_vkey": make_vkey("b", WITNESS, NoteKey.generate().public)},
     "vkey-type": {"witness_vkey": make_vkey("a", 1, NoteKey.generate().public)},
@@ -272,10 +273,25 @@ def test_bundles_name_nothing_else(files):
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{}", b'{"files":[]}', b'{"files":{"timestamp.json":"!"}}']
-)
+    "content",
+    [b"", b"{}", b'{"files":[]}', b'{"files":{"timestamp.json":"!"}}',
+     '{"files":{"timestamp.json":"é"}}'.encode()],
+)  # fmt: skip
 def test_malformed_bundles_are_refused(content):
     refused("AG-ROS-008", bundle.unpack, content)
+
+
+def test_no_file_of_a_bundle_is_parsed_over_its_limit(world, tmp_path):
+    """Empty arrays take twenty-five times their text once parsed, and roots are parsed early."""
+    bomb = b"[" + b"[]," * (1 << 20) + b"0]"
+    refused("AG-ROS-008", bundle.unpack, bundle.pack({**world.files, "2.root.json": bomb}))
+    refused("AG-ROS-008", world.client.refresh, {**world.files, "2.root.json": bomb}, NOW)
+    refused("AG-ROS-008", RosterClient(tmp_path / "new").trust, bomb)
+
+
+@pytest.mark.parametrize("content", [b"{}", b'{"signed":{}}', b'{"signed":[]}', b"[]"])
+def test_the_last_moment_of_a_malformed_bundle_is_refused(world, content):
+    refused("AG-IN-003", last_moment, {**world.files, "timestamp.json": content})
 
 
 def test_malformed_invitations_are_refused(world):
@@ -284,7 +300,14 @@ def test_malformed_invitations_are_refused(world):
         fewer = {key: value for key, value in whole.items() if key != name}
         refused("AG-ROS-014", Invitation.from_bytes, canonical.dumps(fewer))
     refused("AG-ROS-014", Invitation.from_bytes, canonical.dumps({**whole, "v": 2}))
-    refused("AG-ROS-014", Invitation.from_bytes, canonical.dumps({**whole, "root": "!"}))
+    # What a site joins by is in the signed roster; a field beside it could say something else.
+    for name in ("address", "coordinator", "tls_ca_pem"):
+        more = canonical.dumps({**whole, name: "elsewhere"})
+        refused("AG-ROS-014", Invitation.from_bytes, more)
+    for name in ("root", "roster"):
+        for text in ("!", "é"):
+            changed = canonical.dumps({**whole, name: text})
+            refused("AG-ROS-014", Invitation.from_bytes, changed)
 
 
 # --- enrolment ---
@@ -315,6 +338,15 @@ def test_a_proof_counts_for_its_own_request_only():
     second = json.loads(request_site(longer, party.keys))
     mixed = canonical.dumps({**second, "proofs": first["proofs"]})
     refused("AG-ROS-005", verify_site_request, mixed)
+
+
+@pytest.mark.parametrize("text", ["!", "é", "AAAA"])
+@pytest.mark.parametrize("purpose", ["witness", "node"])
+def test_a_proof_that_is_no_signature_is_refused(purpose, text):
+    party = Party("a")
+    request = json.loads(request_site(party.record, party.keys))
+    request["proofs"][purpose] = text
+    refused("AG-ROS-005", verify_site_request, canonical.dumps(request))
 
 
 def test_a_low_order_witness_key_is_never_enrolled():

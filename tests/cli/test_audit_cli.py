@@ -58,6 +58,18 @@ def test_the_text_verdict_names_witnesses_and_asks_to_compare_the_root(book, fol
     assert "Compare" not in text
 
 
+def test_verify_warns_of_what_missing_documents_leave_unchecked(folder, run):
+    for path in (folder / "document").iterdir():
+        path.unlink()
+    status, text, _ = run("audit", "verify", folder)
+    warnings = [line for line in text.splitlines() if line.startswith("WARNING: ")]
+    assert (status, len(warnings)) == (0, 2)
+    assert "5 announced documents" in warnings[0]
+    assert "2 receipts" in warnings[1]
+    verdict = json.loads(run("audit", "verify", folder, "--format", "json")[1])
+    assert (verdict["missing_documents"], verdict["unchecked_receipts"]) == (5, 2)
+
+
 def test_refuses_another_root(folder, run):
     status, _, err = run("audit", "verify", folder, "--root-fingerprint", "0" * 64)
     assert (status, "AG-ROS-010" in err) == (1, True)

@@ -98,13 +98,26 @@ def test_commands_on_an_empty_directory_say_what_to_do(
 
 @pytest.mark.parametrize(
     "content",
-    [b"name = ", b"\xff", b'name = "hub"\n', b'name = "hub"\nsecret = 1\n', b"[a]\n[a]\n"],
+    [
+        b"name = ",
+        b"\xff",
+        b'name = "hub"\n',
+        b'name = "hub"\nsecret = 1\n',
+        b"[a]\n[a]\n",
+        b"a = " + b"[" * 20_000,
+    ],
 )
 def test_a_malformed_configuration_is_refused(state: Path, run: Any, content: bytes) -> None:
     (state / "coordinator.toml").write_bytes(content)
     status, _, err = run("status", "--state", state)
     assert status == 1
     assert "AG-CRD-001" in err
+
+
+def test_a_huge_configuration_is_not_read(state: Path, run: Any) -> None:
+    (state / "coordinator.toml").write_bytes(b"#" * 70_000)
+    status, _, err = run("status", "--state", state)
+    assert (status, "AG-IN-002" in err) == (1, True)
 
 
 def test_a_key_that_others_can_read_is_refused(state: Path, run: Any) -> None:

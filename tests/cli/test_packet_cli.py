@@ -2,6 +2,7 @@
 """Claims about `allograft packet`: a real roster, a real witnessed log, no daemon."""
 
 import json
+import os
 import shutil
 from datetime import timedelta
 
@@ -175,6 +176,15 @@ def test_verify_refuses_what_is_incomplete(capsys, made, out, name, code):
     assert refused(capsys, "verify", out, "--roster", made.roster) == code
 
 
+@pytest.mark.parametrize("name", ["note.txt", "part-001.sealed", ".hidden", "folder"])
+def test_verify_refuses_a_file_too_many(capsys, made, out, name, tmp_path):
+    (out / name).mkdir() if name == "folder" else (out / name).write_bytes(b"x")
+    assert refused(capsys, "verify", out, "--roster", made.roster) == "AG-PKT-002"
+    options = ("--roster", made.roster, "--key", made.key, "--out", tmp_path / "opened")
+    assert refused(capsys, "open", out, *options) == "AG-PKT-002"
+    assert not (tmp_path / "opened").exists()
+
+
 def test_verify_refuses_damage(capsys, made, out):
     path = out / "part-000.sealed"
     path.write_bytes(path.read_bytes()[:-1] + b"")
@@ -225,6 +235,12 @@ def test_lint_refuses_with_the_code_of_the_defect(capsys, tmp_path):
     assert status == 1
     assert stderr.startswith("allograft: error: AG-PKT-010: ")
     assert "\nallograft: hint: " in stderr
+
+
+def test_lint_does_not_wait_for_a_pipe(capsys, tmp_path):
+    os.mkfifo(tmp_path / "x.safetensors")
+    status, _, stderr = run(capsys, "lint", tmp_path / "x.safetensors")
+    assert (status, "AG-STO-005" in stderr) == (3, True)
 
 
 def test_usage_errors_leave_with_two(capsys, tmp_path):

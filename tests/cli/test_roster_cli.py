@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Claims about `allograft roster` and the shell that all our command lines share."""
 
+import errno
+import io
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -112,6 +115,13 @@ def test_a_wrong_fingerprint_is_refused_with_a_hint(files, run):
     assert second.startswith("allograft: hint: ")
 
 
+def test_without_a_terminal_nobody_is_asked(files, run):
+    run(*files.init())
+    status, out, err = run("roster", "enrol", files.keeper, files.request("a"))
+    assert (status, out) == (1, "")
+    assert ("AG-ROS-011" in err, "--fingerprint" in err) == (True, True)
+
+
 def test_a_script_cannot_skip_the_comparison(files, run):
     run(*files.init())
     status, _, err = run("roster", "enrol", files.keeper, files.request("a"), "--format", "json")
@@ -123,6 +133,8 @@ def test_a_script_cannot_skip_the_comparison(files, run):
 def test_a_person_is_asked(files, run, monkeypatch):
     run(*files.init())
     answers = iter([False, True])
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    monkeypatch.setattr("sys.stdin.isatty", lambda: True)
     monkeypatch.setattr("allograft.cli.roster.typer.confirm", lambda question: next(answers))
     request = files.request("a")
     assert run("roster", "enrol", files.keeper, request)[0] == 1
@@ -137,9 +149,26 @@ def test_the_coordinators_fingerprint_can_be_compared_too(files, run):
     assert not files.keeper.exists()
 
 
+def test_a_threshold_that_no_root_could_reach_is_misuse(files, run):
+    status, _, err = run(*files.init(), "--keys", 2, "--threshold", 3)
+    assert (status, "--threshold of 3" in err, "--help" in err) == (2, True, True)
+    assert not files.keeper.exists()
+
+
 def test_a_missing_file_is_unavailable(files, run):
     status, _, err = run("roster", "init", files.keeper, "--coordinator", "absent.json")
-    assert (status, "AG-STO-003" in err) == (3, True)
+    assert (status, "AG-STO-005" in err) == (3, True)
+
+
+def test_a_path_of_the_wrong_sort_is_unavailable_and_named(files, run, tmp_path):
+    taken = tmp_path / "taken"
+    taken.write_bytes(b"x")
+    status, _, err = run("roster", "init", taken, "--coordinator", files.coordinator)
+    assert (status, f"AG-STO-005: {taken}: " in err) == (3, True)
+    run(*files.init())
+    for out in (taken, "/proc/nothing/here"):
+        status, _, err = run("roster", "publish", files.keeper, "--out", out)
+        assert (status, "AG-STO-005" in err) == (3, True)
 
 
 def test_a_directory_without_roster_is_rejected(run, tmp_path):
@@ -194,6 +223,8 @@ def raising(error):
     [
         (RejectedError("AG-IN-001", "bad"), 1),
         (UnavailableError("AG-STO-001", "full"), 3),
+        (OSError(errno.ENOSPC, "No space left on device"), 3),
+        (PermissionError(errno.EACCES, "Permission denied", "state"), 3),
         (ValueError("a secret"), 70),
         (KeyboardInterrupt(), 130),
         (typer.Exit(5), 5),
@@ -204,6 +235,46 @@ def test_errors_become_exit_codes(capsys, error, status):
     captured = capsys.readouterr()
     assert "secret" not in captured.err
     assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "cause"),
+    [
+        (OSError(errno.ENOSPC, "full"), "AG-STO-001", "full"),
+        (IsADirectoryError(errno.EISDIR, "is one", "a/b"), "AG-STO-005", "a/b: is one"),
+        (OSError(errno.EXDEV, "no", ".b.tmp", None, "b"), "AG-STO-005", "b: no"),
+        (TimeoutError(), "AG-STO-005", "TimeoutError"),
+        (ValueError("a secret"), "", "unexpected ValueError"),
+        (typer.Abort(), "", "interrupted"),
+    ],
+)
+def test_every_failure_is_one_json_object_if_asked_for(capsys, error, code, cause):
+    shell.invoke(raising(error), "prog", ["one", "--format", "json"])
+    found = json.loads(capsys.readouterr().err)["error"]
+    assert (found["code"], found["cause"], set(found)) == (code, cause, {"code", "cause", "hint"})
+
+
+@pytest.mark.parametrize("arguments", [["nope"], ["one", "--nope"]])
+def test_misuse_is_json_too(capsys, arguments):
+    made = make_app(lambda format: None)
+    assert shell.invoke(made, "prog", [*arguments, "--format=json"]) == 2
+    found = json.loads(capsys.readouterr().err)["error"]
+    assert (found["code"], "--help" in found["hint"]) == ("", True)
+
+
+def test_a_full_stdout_is_unavailable():
+    program = (
+        "import typer; from allograft.cli import shell; app = typer.Typer();"
+        "app.command()(lambda: shell.emit({}, shell.Format.json, str)); shell.run(app, 'prog')"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with Path("/dev/full").open("wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True,
+            timeout=120, check=False, env=environment,
+        )  # fmt: skip
+    assert (done.returncode, "AG-STO-001" in done.stderr) == (3, True)
+    assert "Exception" not in done.stderr
 
 
 @pytest.mark.parametrize("arguments", [["nope"], ["one", "--nope"], ["one", "--format", "xml"], []])

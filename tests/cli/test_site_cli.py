@@ -126,6 +126,22 @@ def test_refuses_files_that_are_no_invitation(state, tmp_path, capsys, content):
     assert refusal(capsys, *arguments) == (1, "AG-ROS-014")
 
 
+@pytest.mark.parametrize("name", ["absent.json", "."])
+def test_joining_with_what_is_no_file_names_the_path(state, tmp_path, capsys, name):
+    arguments = ("join", tmp_path / name, "--root-fingerprint", "0" * 64, "--state", state)
+    assert refusal(capsys, *arguments) == (3, "AG-STO-005")
+
+
+def test_a_model_is_added_from_paths_that_exist(joined, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("one line\n")
+    good = {"--path": tmp_path, "--data": text, "--retention": text}
+    for option in good:
+        paths = [part for pair in {**good, option: "absent"}.items() for part in pair]
+        arguments = ("model", "add", "m", *paths, "--state", joined)
+        assert refusal(capsys, *arguments) == (3, "AG-STO-005")
+
+
 def test_commands_before_joining_say_what_is_missing(state, capsys):
     assert refusal(capsys, "status", "--state", state) == (1, "AG-SIT-008")
     assert refusal(capsys, "packets", "--state", state) == (1, "AG-SIT-008")
@@ -135,10 +151,23 @@ def test_commands_without_a_state_say_what_is_missing(tmp_path, capsys):
     assert refusal(capsys, "status", "--state", tmp_path / "none") == (3, "AG-STO-003")
 
 
-@pytest.mark.parametrize("text", [b"site = 3", b"\xff", b"site = [", b'site = "a"\nodd = 1'])
+@pytest.mark.parametrize(
+    "text", [b"site = 3", b"\xff", b"site = [", b'site = "a"\nodd = 1', b"a = " + b"[" * 20_000]
+)
 def test_refuses_malformed_settings(joined, capsys, text):
     (joined / "site.toml").write_bytes(text)
     assert refusal(capsys, "status", "--state", joined) == (1, "AG-SIT-001")
+
+
+def test_huge_settings_are_not_read(joined, capsys):
+    (joined / "site.toml").write_bytes(b"#" * 70_000)
+    assert refusal(capsys, "status", "--state", joined) == (1, "AG-IN-002")
+
+
+def test_settings_that_are_no_file_are_unavailable(joined, capsys):
+    (joined / "site.toml").unlink()
+    (joined / "site.toml").mkdir()
+    assert refusal(capsys, "status", "--state", joined) == (3, "AG-STO-005")
 
 
 def test_an_exposed_key_is_refused(joined, capsys):

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Claims about strict JSON and the small readers of its values."""
 
+import tracemalloc
 from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
@@ -48,6 +49,23 @@ def test_refuses_documents_over_their_limit():
     assert caught.value.code == "AG-IN-002"
 
 
+@pytest.mark.parametrize("piece", [b"[],", b'{"":0},', b"0,", b"[[[[]]]],"])
+def test_refuses_documents_that_grow_when_they_are_parsed(piece):
+    """Sixty megabytes of empty arrays take 14 seconds and 1.5 gigabytes once they are values."""
+    bomb = b"[" + piece * ((16 << 20) // len(piece)) + b"0]"
+    tracemalloc.start()
+    with pytest.raises(RejectedError) as caught:
+        canonical.loads(bomb, max_bytes=64 << 20)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert caught.value.code == "AG-IN-002"
+    assert peak < 1 << 20
+
+
+def test_reads_a_document_of_as_many_values_as_the_largest_trial_report():
+    assert len(canonical.loads(canonical.dumps([0.25] * 400_000))) == 400_000
+
+
 @pytest.mark.parametrize(
     ("content", "value"),
     [
@@ -78,6 +96,7 @@ REFUSED = [
     (canonical.as_number, [True, "1", None, 1e301]),
     (canonical.as_bool, [1, 0, "true", None]),
     (canonical.as_sha256, ["a" * 63, "A" * 64, "a" * 64 + "\n", 1, "g" * 64]),
+    (canonical.as_base64, ["!", "AAA", "AAAA\n", "A-A=", "é", None, b"AAAA"]),
     (canonical.as_random_id, ["a" * 31, "A" * 32, "a" * 33, None]),
     (canonical.as_site, ["", "-a", "a" * 64, "A", "a_b", "a/b", "a\n", "ä"]),
     (canonical.as_line, ["a\nb", "a\x00", "\u202eabc", "a" * 513, "\x7f", 1]),
@@ -96,6 +115,7 @@ def test_readers_return_what_they_accept():
     assert canonical.as_int(0) == 0
     assert canonical.as_number(3) == 3.0
     assert canonical.as_bool(False) is False
+    assert canonical.as_base64("AAE=") == b"\x00\x01"
     assert canonical.as_site("hospital-a1") == "hospital-a1"
     assert canonical.as_line("Entlassbriefe, Kardiologie") == "Entlassbriefe, Kardiologie"
 

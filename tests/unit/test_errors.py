@@ -3,6 +3,7 @@
 
 import importlib.util
 import re
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,15 @@ def test_every_code_in_use_is_registered() -> None:
 
 def test_every_registered_code_is_in_use() -> None:
     assert CODES.keys() - _used_codes() == set()
+
+
+def test_codes_of_an_area_stand_together_in_order() -> None:
+    """A new code is easy to add in the right place, and a merge of two shows a clash."""
+    areas = [code.rsplit("-", 1)[0] for code in CODES]
+    assert len([area for area, _ in groupby(areas)]) == len(set(areas))
+    for area in set(areas):
+        own = [code for code in CODES if code.startswith(f"{area}-")]
+        assert own == sorted(own)
 
 
 def test_pages_match_the_registry() -> None:

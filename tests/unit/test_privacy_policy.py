@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A site's policy and the privacy modes."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,21 @@ def test_refuses_a_missing_file(tmp_path: Path) -> None:
 
 def test_refuses_a_file_it_cannot_read(tmp_path: Path) -> None:
     (tmp_path / "policy.toml").mkdir()
+    with pytest.raises(RejectedError) as error:
+        read_policy(tmp_path / "policy.toml")
+    assert code_of(error) == "AG-PRV-002"
+
+
+def test_a_pipe_in_place_of_the_file_does_not_hang(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "policy.toml")
+    with pytest.raises(RejectedError) as error:
+        read_policy(tmp_path / "policy.toml")
+    assert code_of(error) == "AG-PRV-002"
+
+
+def test_a_file_over_the_limit_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "policy.toml").open("wb") as handle:
+        handle.truncate(1 << 40)
     with pytest.raises(RejectedError) as error:
         read_policy(tmp_path / "policy.toml")
     assert code_of(error) == "AG-PRV-002"

@@ -221,6 +221,26 @@ def test_refuses_directories_that_are_in_use_or_empty(world, tmp_path):
     refused("AG-ROS-016", Keeper, tmp_path)
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff", b"{}", b"[]", b"[" * 100_000, None])
+def test_a_damaged_first_root_is_no_roster(world, tmp_path, content):
+    root = tmp_path / "keeper" / "metadata" / "1.root.json"
+    root.unlink() if content is None else root.write_bytes(content)
+    refused("AG-ROS-016", Keeper, tmp_path / "keeper")
+
+
+def test_another_document_in_place_of_a_later_root_is_refused(world, tmp_path):
+    world.keeper.renew_root(NOW)
+    for content in (b"{}", world.published.files["1.targets.json"]):
+        (tmp_path / "keeper" / "metadata" / "2.root.json").write_bytes(content)
+        refused("AG-ROS-008", world.keeper.renew_root, NOW)
+
+
+def test_a_missing_coordinator_record_is_named(world, tmp_path):
+    (tmp_path / "keeper" / "coordinator.json").unlink()
+    refused("AG-ROS-016", lambda: world.keeper.coordinator)
+    refused("AG-ROS-016", world.keeper.publish, NOW)
+
+
 def test_what_is_published_is_a_directory_that_clients_read(world, tmp_path):
     write_published(world.published, tmp_path / "out")
     roster = RosterClient(tmp_path / "out").current(NOW)

@@ -52,6 +52,8 @@ class Verdict:
     Attributes:
         root_compared: Whether the roster's root is the one that the auditor expected.
         events: How many events of each kind.
+        missing_documents: Announced documents that are not in the folder.
+        unchecked_receipts: Receipts that could not be compared with the audience of a dispatch.
     """
 
     origin: str
@@ -62,6 +64,7 @@ class Verdict:
     quorum: int
     witnesses: tuple[Witnessed, ...]
     missing_documents: int
+    unchecked_receipts: int
     root_fingerprint: str
     root_compared: bool
 
@@ -155,6 +158,7 @@ def _judge(audited: Audited, root_compared: bool) -> Verdict:
         quorum=audited.quorum,
         witnesses=tuple(Witnessed(c.witness, c.time) for c in audited.cosignatures),
         missing_documents=audited.missing_documents,
+        unchecked_receipts=audited.unchecked_receipts,
         root_fingerprint=audited.root_fingerprint,
         root_compared=root_compared,
     )
@@ -170,7 +174,15 @@ def _render_verdict(verdict: Verdict) -> str:
         f"  rosters    {verdict.rosters}, all led back to root {verdict.root_fingerprint}",
     ]
     if verdict.missing_documents:
-        lines.append(f"  {verdict.missing_documents} announced documents are not in the folder")
+        lines.append(
+            f"WARNING: {verdict.missing_documents} announced documents are not in the folder; what "
+            "they said was not checked."
+        )
+    if verdict.unchecked_receipts:
+        lines.append(
+            f"WARNING: {verdict.unchecked_receipts} receipts could not be compared with the "
+            "audience of their dispatch."
+        )
     if not verdict.root_compared:
         lines.append("  Compare that root with the roster's keeper, or give --root-fingerprint.")
     return "\n".join(lines)

@@ -26,6 +26,7 @@ from allograft.log.event import verify_event
 from allograft.log.proof import verify_proof
 from allograft.packet import adapter, container, tensors
 from allograft.packet.header import Header
+from allograft.plainfile import open_plain
 from allograft.provenance import verify
 from allograft.provenance.dispatch import DISPATCH_NAME
 from allograft.provenance.statement import PacketStatement
@@ -174,7 +175,7 @@ def lint(
     format: FormatOption = Format.text,
 ) -> None:
     """Hold one tensor file against the rules that packets obey."""
-    with file.open("rb") as handle:
+    with open_plain(file) as handle:
         checked = tensors.check_file(handle)
     table = checked.table
     dtypes = dict(Counter(entry.dtype for entry in table.entries))
@@ -191,6 +192,7 @@ def _check(directory: Path, roster_path: Path, key_path: Path | None, now: datet
     verified = verify.verify_dispatch(envelope, header_bytes, roster, "", now)
     place = _check_log(directory, verified, roster, now)
     container.check_sealed_files(directory, header)
+    container.check_closed(directory, header, {DISPATCH_NAME, _EVENT_NAME, _PROOF_NAME})
     description = _describe(header, verified=True)
     if opener is None:
         return _Checked(Verification(description, place), header)

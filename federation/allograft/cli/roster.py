@@ -7,6 +7,7 @@ that are kept on other media are asked for by the name of their file.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -115,6 +116,8 @@ def init(
     format: FormatOption = Format.text,
 ) -> None:
     """Begin a roster: make its keys and sign the first root."""
+    if threshold > keys:
+        raise typer.BadParameter(f"{keys} root keys cannot reach a --threshold of {threshold}")
     request = _read_request(coordinator)
     record = enrolment.verify_coordinator_request(request)
     if fingerprint:
@@ -238,7 +241,7 @@ def show(directory: _Directory, format: FormatOption = Format.text) -> None:
 
 
 def _ask(site: str, fingerprint: str, format: Format) -> None:
-    if format is Format.json:
+    if format is Format.json or sys.stdin is None or not sys.stdin.isatty():
         # A script cannot telephone; it has to hand in what a person compared.
         raise RejectedError("AG-ROS-011", f"{site} has fingerprint {fingerprint}; not compared")
     typer.echo(f"{site} has the fingerprint\n\n    {fingerprint}\n")
@@ -248,7 +251,7 @@ def _ask(site: str, fingerprint: str, format: Format) -> None:
 
 def _read_request(path: Path) -> bytes:
     if not path.is_file():
-        raise UnavailableError("AG-STO-003", f"there is no file {path.name}")
+        raise UnavailableError("AG-STO-005", f"there is no file {path}")
     if path.stat().st_size > LIMITS.roster_file_bytes:
         raise RejectedError("AG-ROS-005", f"{path.name} is too large to be a request")
     return path.read_bytes()

@@ -2,8 +2,9 @@
 """What every command line of Allograft shares: output formats, error lines, exit codes.
 
 Invariant: a failure prints `PROGRAM: error: CODE: cause` and `PROGRAM: hint: fix` on stderr (one
-JSON object with `--format json`), and leaves with 1 rejected, 2 usage, 3 unavailable, 70 defect.
-Results go to stdout alone, so scripts can read them.
+JSON object with `--format json`), and leaves with 1 rejected, 2 usage, 3 unavailable, 70 defect,
+130 interrupted. Misuse, interruption and defects have no code; in JSON it is empty. Results go to
+stdout alone, so scripts can read them.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -22,6 +24,7 @@ import click
 import typer
 
 from allograft.crypto import canonical
+from allograft.durable import explain
 from allograft.errors import AllograftError, RejectedError
 
 EXIT_REJECTED = 1
@@ -88,51 +91,67 @@ def run(app: typer.Typer, program: str) -> NoReturn:
         app: The commands.
         program: The name that starts each error line, such as ``allograft-site``.
     """
-    sys.exit(invoke(app, program, sys.argv[1:]))
+    status = invoke(app, program, sys.argv[1:])
+    if sys.stdout is not None:
+        try:
+            sys.stdout.flush()
+        except OSError:
+            # Reported already. The interpreter would try once more and leave with a status of its
+            # own, so what stdout did not take goes nowhere.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    sys.exit(status)
 
 
 def invoke(app: typer.Typer, program: str, arguments: Sequence[str]) -> int:
     """Run a command line and return its exit code."""
     command = typer.main.get_command(app)
-    as_json = _asks_for_json(arguments)
+    complain = _Complaint(program, _asks_for_json(arguments))
     try:
         result = command.main(list(arguments), prog_name=program, standalone_mode=False)
     except click.exceptions.NoArgsIsHelpError as error:
         error.show()
         return EXIT_USAGE
     except click.UsageError as error:
-        _complain_usage(error, program)
+        path = error.ctx.command_path if error.ctx else program
+        complain("", error.format_message(), f"see `{path} --help`")
         return EXIT_USAGE
     except click.ClickException as error:
-        click.echo(f"{program}: error: {error.format_message()}", err=True)
+        complain("", error.format_message())
         return EXIT_USAGE
     except AllograftError as error:
-        _complain(error, program, as_json)
+        complain(error.code, error.cause, error.fix)
         return EXIT_REJECTED if isinstance(error, RejectedError) else EXIT_UNAVAILABLE
     except (click.Abort, KeyboardInterrupt):
-        click.echo(f"{program}: error: interrupted", err=True)
+        complain("", "interrupted")
         return EXIT_INTERRUPTED
+    except OSError as error:
+        found = explain(error)
+        complain(found.code, found.cause, found.fix)
+        return EXIT_UNAVAILABLE
     except Exception as error:  # noqa: BLE001  (the last line of defence before a traceback)
         # The type only: the message of an unexpected exception may quote training text or paths.
-        click.echo(f"{program}: error: unexpected {type(error).__name__}", err=True)
-        click.echo(f"{program}: hint: this is a defect; please report what you ran", err=True)
+        complain(
+            "", f"unexpected {type(error).__name__}", "this is a defect; please report what you ran"
+        )
         return EXIT_DEFECT
     return result if isinstance(result, int) else 0
 
 
-def _complain(error: AllograftError, program: str, as_json: bool) -> None:
-    if as_json:
-        fields = {"code": error.code, "cause": error.cause, "hint": error.fix}
-        click.echo(json.dumps({"error": fields}, sort_keys=True), err=True)
-        return
-    click.echo(f"{program}: error: {error.code}: {error.cause}", err=True)
-    click.echo(f"{program}: hint: {error.fix}", err=True)
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Complaint:
+    """Writes a failure to stderr in the form that the person asked for."""
 
+    program: str
+    as_json: bool
 
-def _complain_usage(error: click.UsageError, program: str) -> None:
-    click.echo(f"{program}: error: {error.format_message()}", err=True)
-    path = error.ctx.command_path if error.ctx else program
-    click.echo(f"{program}: hint: see `{path} --help`", err=True)
+    def __call__(self, code: str, cause: str, hint: str = "") -> None:
+        if self.as_json:
+            fields = {"code": code, "cause": cause, "hint": hint}
+            click.echo(json.dumps({"error": fields}, sort_keys=True), err=True)
+            return
+        click.echo(f"{self.program}: error: {f'{code}: ' if code else ''}{cause}", err=True)
+        if hint:
+            click.echo(f"{self.program}: hint: {hint}", err=True)
 
 
 def _asks_for_json(arguments: Sequence[str]) -> bool:

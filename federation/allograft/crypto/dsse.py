@@ -9,7 +9,6 @@ envelope again. `keyid` is a hint and is ignored: keys come from the roster.
 from __future__ import annotations
 
 import base64
-import binascii
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -62,9 +61,9 @@ class Envelope:
             if not 1 <= len(entries) <= LIMITS.signatures:
                 raise RejectedError("AG-SIG-001", f"an envelope has {len(entries)} signatures")
             return cls(
-                payload=_decode(fields["payload"]),
+                payload=canonical.as_base64(fields["payload"]),
                 payload_type=canonical.as_text(fields["payloadType"]),
-                signatures=tuple(_decode(entry["sig"]) for entry in entries),
+                signatures=tuple(canonical.as_base64(entry["sig"]) for entry in entries),
                 key_ids=tuple(canonical.as_text(entry.get("keyid", "")) for entry in entries),
             )
         except RejectedError as error:
@@ -147,10 +146,3 @@ def _fits(key: VerifyKey, signature: bytes, message: bytes) -> bool:
     except RejectedError:
         return False
     return True
-
-
-def _decode(value: canonical.Json) -> bytes:
-    try:
-        return base64.b64decode(canonical.as_text(value), validate=True)
-    except (binascii.Error, ValueError) as error:
-        raise RejectedError("AG-SIG-001", "a field of an envelope is not base64") from error

@@ -37,6 +37,8 @@ class Audited:
         events: Every event, in the log's order.
         missing_documents: Announced documents that the folder does not hold; their entries were
             verified, their content could not be compared.
+        unchecked_receipts: Receipts whose dispatch document is missing, so that nothing shows
+            that they come from a recipient of that dispatch.
         root_fingerprint: What the auditor compares with the roster's keeper.
     """
 
@@ -48,6 +50,7 @@ class Audited:
     quorum: int
     rosters: int
     missing_documents: int
+    unchecked_receipts: int
     root_fingerprint: str
 
 
@@ -75,6 +78,7 @@ class Replay:
     roster: Roster | None = None
     rosters: int = 0
     missing_documents: int = 0
+    unchecked_receipts: int = 0
     _files: bundle.Files = field(default_factory=dict)
     _offers: dict[str, Event] = field(default_factory=dict)
     _withdrawn: set[str] = field(default_factory=set)
@@ -147,7 +151,10 @@ class Replay:
             raise RejectedError("AG-LOG-015", "a receipt before its dispatch")
         _require(dispatched.packet_id == event.packet_id, "a receipt for another packet")
         audience = dispatched.audience
-        _require(audience is None or event.actor in audience, "a receipt by no recipient")
+        if audience is None:
+            self.unchecked_receipts += 1
+        else:
+            _require(event.actor in audience, "a receipt by no recipient")
 
 
 def audit_folder(folder: Path, expected_root: str = "") -> Audited:
@@ -197,6 +204,7 @@ def audit_folder(folder: Path, expected_root: str = "") -> Audited:
         quorum=roster.witness_quorum,
         rosters=replay.rosters,
         missing_documents=replay.missing_documents,
+        unchecked_receipts=replay.unchecked_receipts,
         root_fingerprint=root_fingerprint(anchor),
     )
 

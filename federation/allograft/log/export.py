@@ -7,17 +7,21 @@
     roster/DIGEST.json    every roster that the log announces, with all its files
     document/SHA256.json  documents that entries announce and that were kept
 
-The folder is complete and closed: `audit` refuses a file too few and a file too many.
+The folder is closed: `audit` refuses a file too many, and a missing one of all but `document/`.
+Documents may be missing, since a log need not keep them; `audit` counts what it could not check.
+Files are gathered in `.partial` and moved in whole, so a failed export is no obstacle to the next.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from allograft.crypto.vkey import WITNESS, read_vkey
-from allograft.durable import durable_write
+from allograft.durable import durable_write, sync_directory
 from allograft.errors import RejectedError
 from allograft.log.checkpoint import Checkpoint
 from allograft.log.event import read_event
@@ -26,6 +30,8 @@ from allograft.log.tiles import encode_entries, list_tiles
 from allograft.roster import bundle
 from allograft.roster.client import last_moment, verify_bundle
 from allograft.roster.records import Roster, WitnessPolicy
+
+_PARTIAL = ".partial"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,25 +62,25 @@ def export_log(log: LogReader, out: Path) -> Exported:
             use, AG-LOG-016 if the log announces no roster.
         UnavailableError: AG-STO-001.
     """
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and any(path.name != _PARTIAL for path in out.iterdir()):
         raise RejectedError("AG-LOG-013", f"{out.name} is not empty")
     policy = newest_roster(log).witness_policy()
     note = log.witnessed(policy)
     size = Checkpoint.from_text(note.text).size
     entries = [log.entry(index) for index in range(size)]
     rosters, documents = _announced(log, entries)
-    for name, content in rosters.items():
-        _write(out / "roster" / f"{name}.json", content)
-    for name, content in documents.items():
-        _write(out / "document" / f"{name}.json", content)
-    for tile in list_tiles(size):
-        _write(out / tile.path, tile.encode(log.node))
-        if tile.level == 0:
-            bundled = encode_entries(entries[tile.start : tile.start + tile.width])
-            _write(out / tile.entries_path, bundled)
-    _write(out / "policy", write_policy(policy).encode())
-    # Last, so that a folder that was cut short is recognised as none.
-    _write(out / "checkpoint", note.to_text().encode())
+    with _whole(out) as partial:
+        for name, content in rosters.items():
+            _write(partial / "roster" / f"{name}.json", content)
+        for name, content in documents.items():
+            _write(partial / "document" / f"{name}.json", content)
+        for tile in list_tiles(size):
+            _write(partial / tile.path, tile.encode(log.node))
+            if tile.level == 0:
+                bundled = encode_entries(entries[tile.start : tile.start + tile.width])
+                _write(partial / tile.entries_path, bundled)
+        _write(partial / "policy", write_policy(policy).encode())
+        _write(partial / "checkpoint", note.to_text().encode())
     return Exported(log.origin, size, log.size - size, len(rosters), len(documents))
 
 
@@ -139,6 +145,30 @@ def _roster_content(log: LogReader, digest: str) -> bytes:
     if content is None:
         raise RejectedError("AG-LOG-016", "a roster that the log announces was not kept")
     return content
+
+
+@contextmanager
+def _whole(out: Path) -> Iterator[Path]:
+    """A directory inside `out` whose content moves up when the block ends without error.
+
+    Inside and not beside it: `out` may be a mount point or the working directory, over which
+    nothing can be renamed.
+    """
+    partial = out / _PARTIAL
+    existed = out.exists()
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        # The checkpoint last, so that a folder that was cut short is recognised as none.
+        for path in sorted(partial.iterdir(), key=lambda path: path.name == "checkpoint"):
+            path.rename(out / path.name)
+        sync_directory(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+        if not existed:
+            with suppress(OSError):
+                out.rmdir()  # Only if it is empty: nothing was moved.
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -16,7 +16,7 @@ import os
 import secrets
 import shutil
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -38,6 +38,7 @@ from allograft.packet.header import (
     part_name,
 )
 from allograft.packet.kinds import find_kind
+from allograft.plainfile import read_plain
 
 _PAYLOAD_LABEL = b"allograft/payload/v1\0"
 _MANIFEST_LABEL = b"allograft/manifest/v1\0"
@@ -205,19 +206,10 @@ def read_document(path: Path, max_bytes: int) -> bytes:
         RejectedError: AG-PKT-002 if missing or no regular file, AG-IN-002 if too large.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        return read_plain(path, max_bytes, follow_links=False)
     except OSError as error:
-        raise RejectedError("AG-PKT-002", f"{path.name} is missing or is a link") from error
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise RejectedError("AG-PKT-002", f"{path.name} is not a regular file")
-        with os.fdopen(descriptor, "rb", closefd=False) as handle:
-            content = handle.read(max_bytes + 1)
-    finally:
-        os.close(descriptor)
-    if len(content) > max_bytes:
-        raise RejectedError("AG-IN-002", f"{path.name} is larger than {max_bytes} bytes")
-    return content
+        cause = f"{path.name} is missing, a link or no regular file"
+        raise RejectedError("AG-PKT-002", cause) from error
 
 
 def check_sealed_files(directory: Path, header: Header) -> None:
@@ -234,6 +226,23 @@ def check_sealed_files(directory: Path, header: Header) -> None:
     for name, _, digest in sizes:
         if _hash_part(directory / name).sha256 != digest:
             raise RejectedError("AG-PKT-004", f"{name} is not the file that was signed")
+
+
+def check_closed(directory: Path, header: Header, companions: Set[str]) -> None:
+    """Refuse files that no rule asks for: a verdict on a directory covers all that is in it.
+
+    Args:
+        directory: The dispatch directory.
+        header: Its header.
+        companions: Names of the signed documents that travel beside the sealed files.
+
+    Raises:
+        RejectedError: AG-PKT-002.
+    """
+    expected = {HEADER_NAME, MANIFEST_NAME, *companions, *(part.name for part in header.parts)}
+    extra = sorted({entry.name for entry in os.scandir(directory)} - expected)
+    if extra:
+        raise RejectedError("AG-PKT-002", f"{extra[0][:80]!a} does not belong there")
 
 
 def open_manifest(directory: Path, header: Header, opener: Opener) -> bytes:

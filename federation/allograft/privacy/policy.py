@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from allograft.crypto import canonical
 from allograft.errors import RejectedError
 from allograft.limits import LIMITS
+from allograft.plainfile import read_plain
 
 #: Stands for every site of the roster in `recipients` and `donors`.
 ANY_SITE = "*"
@@ -188,13 +189,14 @@ def read_policy(path: Path) -> Policy:
             anything but a policy.
     """
     try:
-        with path.open("rb") as handle:
-            content = handle.read(_FILE_BYTES + 1)
+        content = read_plain(path, _FILE_BYTES)
     except FileNotFoundError as error:
         raise RejectedError("AG-PRV-001", f"{path.name} does not exist") from error
     except OSError as error:
         # Fail closed: a policy that cannot be read is refused, never skipped or retried around.
         raise RejectedError("AG-PRV-002", f"{path.name}: {error.strerror}") from error
+    except RejectedError as error:
+        raise RejectedError("AG-PRV-002", error.cause) from error
     return parse_policy(content)
 
 

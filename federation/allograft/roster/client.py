@@ -30,6 +30,7 @@ from allograft.crypto import canonical
 from allograft.durable import durable_write, storage_errors
 from allograft.errors import RejectedError
 from allograft.limits import LIMITS
+from allograft.plainfile import read_plain
 from allograft.roster import bundle
 from allograft.roster.records import (
     CoordinatorRecord,
@@ -75,7 +76,7 @@ class RosterClient:
             RejectedError: AG-ROS-010 if another root is trusted already, AG-ROS-008 if it is
                 malformed, AG-KEY-003 if a key of it is unusable.
         """
-        _check_root(root_json)
+        read_root(root_json)
         anchor = self._directory / "root.json"
         if anchor.exists() and anchor.read_bytes() != root_json:
             raise RejectedError("AG-ROS-010", "another root is trusted here already")
@@ -146,7 +147,7 @@ class RosterClient:
         """
         if not self._path.exists():
             raise RejectedError("AG-ROS-009", "no roster was verified here yet")
-        return bundle.unpack(self._path.read_bytes())
+        return bundle.unpack(read_plain(self._path, LIMITS.roster_bundle_bytes))
 
     @property
     def _path(self) -> Path:
@@ -156,7 +157,7 @@ class RosterClient:
         anchor = self._directory / "root.json"
         if not anchor.exists():
             raise RejectedError("AG-ROS-009", "no root is trusted here yet")
-        return anchor.read_bytes()
+        return read_plain(anchor, LIMITS.roster_file_bytes)
 
 
 def verify_bundle(
@@ -175,7 +176,7 @@ def verify_bundle(
     """
     for name, content in files.items():
         if name.endswith(".root.json"):
-            _check_root(content)
+            read_root(content)
     with storage_errors("a scratch copy of the roster"), TemporaryDirectory() as scratch:
         trusted = Path(scratch)
         if previous:
@@ -318,8 +319,14 @@ def root_fingerprint(root_json: bytes) -> str:
     return hashlib.sha256(root_json).hexdigest()
 
 
-def _check_root(content: bytes) -> None:
-    """Refuse a root with keys that we do not use, before anything is verified with them."""
+def read_root(content: bytes) -> Root:
+    """Read a root; its keys are of the kind that we use, its signatures are yet to be verified.
+
+    Raises:
+        RejectedError: AG-ROS-008 if it is malformed, AG-KEY-003 if a key of it is unusable.
+    """
+    if len(content) > LIMITS.roster_file_bytes:
+        raise RejectedError("AG-ROS-008", f"a root of {len(content)} bytes")
     try:
         metadata = Metadata[Root].from_bytes(content)
     except RepositoryError as error:
@@ -329,6 +336,7 @@ def _check_root(content: bytes) -> None:
         raise RejectedError("AG-ROS-008", "a root of the roster is not a root")
     for key in root.keys.values():
         check_tuf_key(key)
+    return root
 
 
 def _check_name(expected: str, found: str) -> None:
@@ -353,5 +361,5 @@ def last_moment(files: bundle.Files) -> datetime:
 
 
 def _expiry(content: bytes) -> str:
-    fields = canonical.as_mapping(canonical.loads(content, LIMITS.roster_bundle_bytes))
-    return canonical.as_text(canonical.as_mapping(fields["signed"])["expires"])
+    fields = canonical.as_mapping(canonical.loads(content, LIMITS.roster_file_bytes))
+    return canonical.as_text(canonical.as_mapping(fields.get("signed")).get("expires"))

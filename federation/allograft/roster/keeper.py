@@ -28,8 +28,10 @@ from allograft.crypto import keystore
 from allograft.crypto.notekey import NoteKey
 from allograft.durable import durable_write
 from allograft.errors import RejectedError, UnavailableError
+from allograft.limits import LIMITS
+from allograft.plainfile import read_plain
 from allograft.roster import bundle
-from allograft.roster.client import RosterClient, root_fingerprint, target_name
+from allograft.roster.client import RosterClient, read_root, root_fingerprint, target_name
 from allograft.roster.invitation import Invitation
 from allograft.roster.records import (
     CoordinatorRecord,
@@ -71,13 +73,17 @@ class Keeper:
         directory: An initialised directory.
 
     Raises:
-        RejectedError: AG-ROS-016 if it is not one.
+        RejectedError: AG-ROS-016 if it is not one, or if its first root is damaged.
     """
 
     def __init__(self, directory: Path) -> None:
         if not (directory / "metadata" / "1.root.json").exists():
             raise RejectedError("AG-ROS-016", f"{directory.name} holds no roster")
         self._directory = directory
+        try:
+            read_root(self._read("metadata", "1.root.json"))
+        except RejectedError as error:
+            raise RejectedError("AG-ROS-016", f"metadata/1.root.json: {error.cause}") from error
 
     @classmethod
     def create(
@@ -123,7 +129,7 @@ class Keeper:
     @property
     def fingerprint(self) -> str:
         """Fingerprint of the first root; the keeper tells it to those who join."""
-        return root_fingerprint(self._path("metadata", "1.root.json").read_bytes())
+        return root_fingerprint(self._read("metadata", "1.root.json"))
 
     @property
     def sites(self) -> dict[str, SiteRecord]:
@@ -139,8 +145,12 @@ class Keeper:
 
     @property
     def coordinator(self) -> CoordinatorRecord:
-        """The coordinator."""
-        return CoordinatorRecord.from_bytes(self._path("coordinator.json").read_bytes())
+        """The coordinator.
+
+        Raises:
+            RejectedError: AG-ROS-016 if its record is missing, AG-ROS-001 if it is malformed.
+        """
+        return CoordinatorRecord.from_bytes(self._read("coordinator.json"))
 
     @property
     def quorum(self) -> int:
@@ -149,9 +159,8 @@ class Keeper:
         Two majorities share a witness, so a log cannot show two of them different histories
         without one witness seeing both.
         """
-        fixed = self._path("policy.json")
-        if fixed.exists():
-            return read_policy(fixed.read_bytes())
+        if self._path("policy.json").exists():
+            return read_policy(self._read("policy.json"))
         return sum("witness" in site.roles for site in self.sites.values()) // 2 + 1
 
     def fix_quorum(self, quorum: int) -> None:
@@ -225,7 +234,8 @@ class Keeper:
         for name, content in files.items():
             if not name.startswith("targets/") and not name.endswith(".root.json"):
                 durable_write(self._path("metadata", name), content, mode=0o644)
-        return Published(version, roster.digest, self.fingerprint, files, self._invite(files))
+        invitation = Invitation(files["1.root.json"], files)
+        return Published(version, roster.digest, self.fingerprint, files, invitation)
 
     def renew_root(
         self, now: datetime, coordinator: CoordinatorRecord | None = None
@@ -239,7 +249,7 @@ class Keeper:
             RejectedError: AG-ROS-013 if fewer root keys are there than the threshold.
         """
         version, content = bundle.newest(self._roots(), "root")
-        root = Metadata[Root].from_bytes(content).signed
+        root = read_root(content)
         signers = self._root_signers(root)
         root.version = version + 1
         root.expires = now + ROOT_LIFETIME
@@ -292,18 +302,8 @@ class Keeper:
     def _verify(self, files: bundle.Files, now: datetime) -> Roster:
         """Verify what is about to be published, in the keeper's own client directory."""
         client = RosterClient(self._path("client"))
-        client.trust(self._path("metadata", "1.root.json").read_bytes())
+        client.trust(self._read("metadata", "1.root.json"))
         return client.refresh(files, now)
-
-    def _invite(self, files: bundle.Files) -> Invitation:
-        coordinator = self.coordinator
-        return Invitation(
-            coordinator_id=coordinator.coordinator_id,
-            address=coordinator.address,
-            tls_ca_pem=coordinator.tls_ca_pem,
-            root_json=files["1.root.json"],
-            files=files,
-        )
 
     def _roots(self) -> dict[str, bytes]:
         paths = self._path("metadata").glob("*.root.json")
@@ -321,6 +321,12 @@ class Keeper:
 
     def _records(self, kind: str) -> list[bytes]:
         return [path.read_bytes() for path in sorted(self._path(kind).glob("*.json"))]
+
+    def _read(self, *names: str) -> bytes:
+        try:
+            return read_plain(self._path(*names), LIMITS.roster_file_bytes)
+        except FileNotFoundError as error:
+            raise RejectedError("AG-ROS-016", f"{'/'.join(names)} is missing") from error
 
     def _path(self, *names: str) -> Path:
         return self._directory.joinpath(*names)

@@ -9,7 +9,6 @@ protos/spec/roster.md, "Records".
 from __future__ import annotations
 
 import base64
-import binascii
 import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -91,7 +90,7 @@ class SiteRecord:
             record = cls(
                 site_id=site_id,
                 signing_keys=_read_signing_keys(fields["signing_keys"]),
-                sealing_key=SealingPublicKey(_read_base64(fields["sealing_key"])),
+                sealing_key=SealingPublicKey(canonical.as_base64(fields["sealing_key"])),
                 witness_vkey=_read_vkey(fields["witness_vkey"], site_id, vkey.WITNESS),
                 node_key=canonical.as_line(fields["node_key"]),
                 roles=_read_roles(fields["roles"]),
@@ -359,13 +358,6 @@ def _read_roles(value: canonical.Json) -> tuple[Role, ...]:
     if not names or not names <= set(ROLES) or len(names) != len(canonical.as_list(value)):
         raise RejectedError("AG-ROS-001", "a record with unknown, doubled or no roles")
     return tuple(role for role in ROLES if role in names)
-
-
-def _read_base64(value: canonical.Json) -> bytes:
-    try:
-        return base64.b64decode(canonical.as_text(value), validate=True)
-    except binascii.Error as error:
-        raise RejectedError("AG-ROS-001", "a key of a roster file is not base64") from error
 
 
 def _read_time(value: canonical.Json) -> datetime:
