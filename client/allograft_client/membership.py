@@ -84,7 +84,7 @@ def create_site(home: Home, site: str, valid_days: int) -> NewSite:
     example = resources.files("allograft_client").joinpath("data/policy.toml").read_bytes()
     # The example only: a site decides its policy, and until then nothing leaves or attaches.
     durable_write(home.path("policy.toml.example"), example, mode=0o644)
-    Store(home.database).close()
+    Store.create(home.database).close()
     # Last: a site without settings is no site, so an interrupted init can be cleared and repeated.
     durable_write(home.settings_file, _settings_text(site))
     return NewSite(site, home.root, request_file, fingerprint(request))

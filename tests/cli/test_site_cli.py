@@ -131,6 +131,23 @@ def test_commands_without_a_state_say_what_is_missing(tmp_path, capsys):
     assert refusal(capsys, "status", "--state", tmp_path / "none") == (3, "AG-STO-003")
 
 
+def test_a_lost_database_is_not_begun_anew(joined, capsys):
+    for path in joined.glob("site.db*"):
+        path.unlink()
+    for command in ("status", "packets", "serve"):
+        status, _, err = run_site(capsys, command, "--state", joined)
+        assert (status, "AG-STO-003" in err, "backup" in err) == (3, True, True)
+    assert not (joined / "site.db").exists()
+
+
+def test_a_damaged_database_is_named(joined, capsys):
+    (joined / "site.db").write_bytes(b"garbage!" * 1024)
+    assert refusal(capsys, "status", "--state", joined) == (3, "AG-STO-004")
+    status, out, _ = run_site(capsys, "doctor", "--state", joined, "--format", "json")
+    findings = {finding["check"]: finding for finding in json.loads(out)["findings"]}
+    assert (status, findings["database"]["code"]) == (3, "AG-STO-004")
+
+
 @pytest.mark.parametrize("text", [b"site = 3", b"\xff", b"site = [", b'site = "a"\nodd = 1'])
 def test_refuses_malformed_settings(joined, capsys, text):
     (joined / "site.toml").write_bytes(text)

@@ -53,7 +53,7 @@ class World:
 
     def restart(self) -> None:
         """A new coordinator process over the same state."""
-        self.store = Store(self.directory / "coordinator.db")
+        self.store = Store.create(self.directory / "coordinator.db")
         self.mailbox = Mailbox(self.directory / "mailbox", 0)
         self.relay = Relay(
             "hub", self.key, self.store, self.mailbox, self, self, self.utc_now, lambda: self.now_s
