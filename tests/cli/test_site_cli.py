@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from allograft.durable import lock_directory
+from allograft.durable import durable_file, lock_directory
 from allograft.errors import UnavailableError
 from allograft.privacy.policy import parse_policy
 from allograft.provenance.lineage import describe_base
@@ -70,6 +70,31 @@ def test_init_never_replaces_keys(state, capsys):
     assert (state / "keys" / "signing.pem").read_bytes() == before
 
 
+@pytest.mark.parametrize("written", range(7))  # four keys, request, example policy, settings
+def test_an_interrupted_init_goes_on_with_the_keys_it_made(
+    tmp_path, founded, capsys, monkeypatch, written
+):
+    state, arguments = tmp_path / "site", ("init", "--site", "hospital-a")
+    real, left = durable_file, iter(range(written))
+
+    def full(path, mode=0o600):
+        if next(left, None) is None:
+            raise UnavailableError("AG-STO-001", f"cannot write {path.name}: no space")
+        return real(path, mode)
+
+    monkeypatch.setattr("allograft.durable.durable_file", full)
+    assert refusal(capsys, *arguments, "--state", state) == (3, "AG-STO-001")
+    monkeypatch.undo()
+    before = {path.name: path.read_bytes() for path in (state / "keys").glob("*")}
+    assert len(before) == min(written, 4)
+    run_site_json(capsys, *arguments, "--state", state)
+    after = {path.name: path.read_bytes() for path in (state / "keys").glob("*")}
+    assert len(after) == 4
+    assert before.items() <= after.items()
+    founded.enrol(state)
+    assert join(founded, state, capsys)["sites"] == ["hospital-a"]
+
+
 def test_init_tells_the_fingerprint_that_the_keeper_computes(state, founded):
     from allograft.roster.enrolment import fingerprint
 
@@ -112,6 +137,24 @@ def test_refuses_a_roster_that_does_not_list_this_site(founded, state, tmp_path,
     fingerprint = founded.keeper.fingerprint
     arguments = ("join", founded.publish(), "--root-fingerprint", fingerprint, "--state", state)
     assert refusal(capsys, *arguments) == (1, "AG-ROS-002")
+    assert list((state / "roster").iterdir()) == []
+
+
+def test_a_refused_consortium_does_not_stand_in_the_way_of_the_right_one(
+    founded, state, tmp_path, capsys
+):
+    stranger = Founded(tmp_path / "stranger")
+    arguments = ("--root-fingerprint", stranger.keeper.fingerprint, "--state", state)
+    assert refusal(capsys, "join", stranger.publish(), *arguments) == (1, "AG-ROS-002")
+    founded.enrol(state)
+    assert join(founded, state, capsys)["sites"] == ["hospital-a"]
+
+
+def test_a_site_that_joined_never_moves_to_another_consortium(joined, tmp_path, capsys):
+    stranger = Founded(tmp_path / "stranger")
+    stranger.enrol(joined)
+    arguments = ("--root-fingerprint", stranger.keeper.fingerprint, "--state", joined)
+    assert refusal(capsys, "join", stranger.publish(), *arguments) == (1, "AG-ROS-010")
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"\xff\xfe", b'{"v":1}'])
