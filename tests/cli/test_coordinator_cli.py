@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import structlog
 
+import allograft
 from allograft.cli import shell
 from allograft.durable import lock_directory
 from allograft.errors import UnavailableError
@@ -41,6 +42,10 @@ def state(tmp_path: Path, run: Any) -> Path:
     state = tmp_path / "hub"
     assert run("init", "--name", "hub", "--address", ADDRESS, "--state", state)[0] == 0
     return state
+
+
+def test_shows_its_version(run: Any) -> None:
+    assert run("--version")[:2] == (0, f"allograft-coordinator {allograft.__version__}\n")
 
 
 def test_init_makes_private_keys_and_a_request(tmp_path: Path, run: Any) -> None:
