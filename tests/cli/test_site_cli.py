@@ -305,6 +305,26 @@ def test_a_request_waits_for_a_daemon_that_holds_the_state(joined, tmp_path, cap
     assert scripted.tasks == []
 
 
+def test_every_request_names_its_packet_even_if_only_queued(joined, capsys):
+    site = site_module.open_site(Home(joined))
+    packet_id = "ab" * 16
+    row = PacketRow(
+        packet_id=packet_id, role="donor", donor="hospital-a", kind="organ", model="", code="",
+        dispatch_id="", state="routed", reason="proposals are here", facts={},
+        time="2026-11-23T08:00:00Z",
+    )  # fmt: skip
+    site.store.add_packet(row)
+    (joined / "policy.toml").write_text(POLICY)
+    for command in (
+        ("approve", packet_id, "--role", "steward"),
+        ("dispatch", packet_id, "--to", "hospital-a"),
+        ("withdraw", packet_id),
+        ("trial", packet_id),
+    ):
+        queued = run_site_json(capsys, *command, "--no-wait", "--state", joined)
+        assert (queued["packet_id"], queued["state"]) == (packet_id, "queued"), command
+
+
 def test_a_second_daemon_on_the_same_state_is_refused(joined):
     release = lock_directory(joined)
     with pytest.raises(UnavailableError, match="AG-STO-002"):
