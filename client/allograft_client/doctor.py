@@ -22,7 +22,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Literal
 
 from allograft.crypto import keystore
-from allograft.durable import lock_directory
+from allograft.durable import is_directory_locked
 from allograft.errors import CODES, AllograftError, RejectedError, UnavailableError
 from allograft_client.settings import SOCKET_PATH_BYTES, Home
 from allograft_client.store import Store
@@ -173,12 +173,7 @@ def _daemon(home: Home) -> Finding | str:
 
 def is_running(home: Home) -> bool:
     """Whether a daemon holds the state directory."""
-    try:
-        release = lock_directory(home.root)
-    except UnavailableError:
-        return True
-    release()
-    return False
+    return is_directory_locked(home.root)
 
 
 def _coordinator(home: Home) -> Finding | str:

@@ -33,14 +33,35 @@ Handler = Callable[[Site, JobRow, Progress], Mapping[str, Any] | None]
 
 
 def run_lane(site: Site, lane: Lane, stopped: threading.Event) -> None:
-    """Do the jobs of a lane until told to stop."""
+    """Do the jobs of a lane until told to stop; while the store fails, wait for it."""
+    log = structlog.get_logger("jobs").bind(name=lane)
+    job: JobRow | None = None
+    failure: AllograftError | None = None
     while not stopped.is_set():
-        job = site.store.next_job(lane)
-        if job is None:
-            stopped.wait(_IDLE_S)
-        elif not run_job(site, job):
+        try:
+            if job is not None and failure is not None:
+                _settle(site, job, failure)
+            job = site.store.next_job(lane)
+            if job is None:
+                stopped.wait(_IDLE_S)
+            elif not run_job(site, job):
+                stopped.wait(_RETRY_S)
+            job, failure = None, None
+        except AllograftError as error:
+            if failure is None:  # told once, however long the disk stays full
+                log.error("lane-waits", code=error.code, cause=error.cause)
+            failure = error
             stopped.wait(_RETRY_S)
     site.store.close()
+
+
+def _settle(site: Site, job: JobRow, failure: AllograftError) -> None:
+    """End a job whose own end could not be recorded."""
+    if isinstance(failure, RejectedError):
+        site.store.fail_job(job.number, failure.code, failure.cause)
+    else:
+        # Every job can be repeated, so it is.
+        site.store.requeue_job(job.number, failure.code, failure.cause)
 
 
 def run_job(site: Site, job: JobRow) -> bool:

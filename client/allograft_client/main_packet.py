@@ -114,7 +114,7 @@ def approve(
     site = open_state(state)
     packet_id = site.store.packet(packet).packet_id
     number = requests.request(site, "approve", packet_id, {"role": role})
-    result = finish(site, number, wait, timeout_s, format)
+    result = {"packet_id": packet_id, **finish(site, number, wait, timeout_s, format)}
     emit(result, format, lambda _: _line(site.store.packet(packet_id)))
 
 
@@ -132,7 +132,7 @@ def dispatch(
     site = open_state(state)
     packet_id = site.store.packet(packet).packet_id
     number = queue_dispatch(site, packet_id, sorted(set(to)))
-    result = finish(site, number, wait, timeout_s, format)
+    result = {"packet_id": packet_id, **finish(site, number, wait, timeout_s, format)}
     emit(result, format, lambda _: _render_dispatched(site.store.packet(packet_id)))
 
 
@@ -242,8 +242,8 @@ def _act(
     site = open_state(state)
     packet_id = site.store.packet(packet).packet_id
     number = requests.request(site, kind, packet_id)
-    result = finish(site, number, wait, timeout_s, format)
-    emit({"packet_id": packet_id, **result}, format, lambda _: _line(site.store.packet(packet_id)))
+    result = {"packet_id": packet_id, **finish(site, number, wait, timeout_s, format)}
+    emit(result, format, lambda _: _line(site.store.packet(packet_id)))
 
 
 def _line(row: PacketRow) -> str:

@@ -8,15 +8,17 @@ is believed only after a person compared the fingerprint of its root.
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from importlib import resources
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from allograft.crypto import keystore, vkey
 from allograft.crypto.keys import NodeKey, SealingKey, SigningKey
 from allograft.crypto.notekey import NoteKey
-from allograft.durable import durable_write
+from allograft.durable import durable_write, storage_errors
 from allograft.errors import RejectedError, UnavailableError
 from allograft.limits import LIMITS
 from allograft.plainfile import read_plain
@@ -26,6 +28,14 @@ from allograft.roster.invitation import Invitation
 from allograft.roster.records import DEFAULT_ROLES, Roster, SiteRecord
 from allograft_client.settings import Home, check_site_name
 from allograft_client.store import Store
+
+#: Private key file → what makes a fresh one.
+_WRITERS: Mapping[str, Callable[[Path], None]] = {
+    "signing.pem": lambda path: keystore.write_signing_key(path, SigningKey.generate()),
+    "witness.key": lambda path: keystore.write_note_key(path, NoteKey.generate()),
+    "node": lambda path: keystore.write_node_key(path, NodeKey.generate()),
+    "sealing.key": lambda path: keystore.write_sealing_key(path, SealingKey.generate()),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,22 +61,18 @@ class Membership:
 
 
 def create_site(home: Home, site: str, valid_days: int) -> NewSite:
-    """Make keys, settings and an enrolment request.
+    """Make keys, settings and an enrolment request; goes on where an interrupted call stopped.
 
     Raises:
-        RejectedError: AG-SIT-001 for the name, AG-SIT-013 if there is a site already.
+        RejectedError: AG-SIT-001 for the name, AG-SIT-013 if there is a site already, AG-KEY-* if
+            a key that an interrupted call left is exposed or malformed.
         UnavailableError: AG-STO-001 if the disk is full.
     """
     check_site_name(site)
     if home.settings_file.exists():
         raise RejectedError("AG-SIT-013", f"{home.root} holds site {home.settings().site}")
     home.make_directories()
-    keys = SiteKeys(SigningKey.generate(), NoteKey.generate(), NodeKey.generate())
-    sealing = SealingKey.generate()
-    keystore.write_signing_key(home.path("keys", "signing.pem"), keys.signing)
-    keystore.write_note_key(home.path("keys", "witness.key"), keys.witness)
-    keystore.write_node_key(home.path("keys", "node"), keys.node)
-    keystore.write_sealing_key(home.path("keys", "sealing.key"), sealing)
+    keys, sealing = _make_keys(home)
     now = datetime.now(UTC).replace(microsecond=0)
     record = SiteRecord(
         site_id=site,
@@ -84,10 +90,24 @@ def create_site(home: Home, site: str, valid_days: int) -> NewSite:
     example = resources.files("allograft_client").joinpath("data/policy.toml").read_bytes()
     # The example only: a site decides its policy, and until then nothing leaves or attaches.
     durable_write(home.path("policy.toml.example"), example, mode=0o644)
-    Store(home.database).close()
-    # Last: a site without settings is no site, so an interrupted init can be cleared and repeated.
+    Store.create(home.database).close()
+    # Last: a site without settings is no site, so an interrupted init can be repeated.
     durable_write(home.settings_file, _settings_text(site))
     return NewSite(site, home.root, request_file, fingerprint(request))
+
+
+def _make_keys(home: Home) -> tuple[SiteKeys, SealingKey]:
+    """The site's keys; one that an interrupted call left is used, never replaced."""
+    files = {name: home.path("keys", name) for name in _WRITERS}
+    for name, write in _WRITERS.items():
+        if not files[name].exists():
+            write(files[name])
+    keys = SiteKeys(
+        keystore.read_signing_key(files["signing.pem"]),
+        keystore.read_note_key(files["witness.key"]),
+        keystore.read_node_key(files["node"]),
+    )
+    return keys, keystore.read_sealing_key(files["sealing.key"])
 
 
 def read_invitation(path: Path) -> Invitation:
@@ -118,11 +138,11 @@ def join_consortium(home: Home, invitation: Invitation, compared: str) -> Member
     told = "".join(character for character in compared.lower() if character not in "-: ")
     if told != invitation.root_fingerprint:
         raise RejectedError("AG-ROS-010", "the invitation's root has another fingerprint")
+    now = datetime.now(UTC)
+    _check_enrolled(home, _verify_roster(invitation, now), site, now)
     client = RosterClient(home.path("roster"))
     client.trust(invitation.root_json)
-    now = datetime.now(UTC)
     roster = client.refresh(invitation.files, now)
-    _check_enrolled(home, roster, site, now)
     durable_write(home.invitation_file, invitation.to_bytes())
     return Membership(
         site=site,
@@ -132,6 +152,14 @@ def join_consortium(home: Home, invitation: Invitation, compared: str) -> Member
         root_fingerprint=client.fingerprint,
         sites=tuple(sorted(roster.sites)),
     )
+
+
+def _verify_roster(invitation: Invitation, now: datetime) -> Roster:
+    """The roster of an invitation, without trusting it: a refused one must leave no root behind."""
+    with storage_errors("a scratch copy of the roster"), TemporaryDirectory() as scratch:
+        client = RosterClient(Path(scratch))
+        client.trust(invitation.root_json)
+        return client.refresh(invitation.files, now)
 
 
 def _check_enrolled(home: Home, roster: Roster, site: str, now: datetime) -> None:

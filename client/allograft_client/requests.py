@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from allograft.durable import lock_directory
+from allograft.durable import is_directory_locked, lock_directory
 from allograft.errors import RejectedError, UnavailableError
 from allograft_client.rows import JobRow
 from allograft_client.site import Site
@@ -68,10 +68,12 @@ def await_job(site: Site, number: int, timeout_s: float, show: Show) -> JobRow:
 
 def _work_here(site: Site, wanted: JobRow) -> bool:
     """Do one job of the wanted job's lane if no daemon does; False if there was nothing to do."""
+    if is_directory_locked(site.home.root):
+        return False  # a daemon is at work
     try:
         release = lock_directory(site.home.root)
     except UnavailableError:
-        return False  # a daemon is at work
+        return False  # one began meanwhile
     from allograft_client.jobs import run_job  # Loads what only the work itself needs.
 
     try:

@@ -9,19 +9,17 @@ the follow-ups of the daemon alike; one left `running` by a killed process is qu
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import sqlite3
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from allograft.crypto import canonical
-from allograft.errors import RejectedError, UnavailableError
+from allograft.errors import RejectedError
 from allograft.relay.item import Item
+from allograft.sqlite import Database
 from allograft_client.rows import (
     AttachmentRow,
     Change,
@@ -102,80 +100,11 @@ _MIGRATIONS: tuple[str, ...] = (
 )
 
 
-class Store:
-    """The database of one site; every thread gets its own connection."""
+class Store(Database):
+    """The database of one site."""
 
-    def __init__(self, path: Path) -> None:
-        """Open and migrate.
-
-        Raises:
-            RejectedError: AG-SIT-002 if a newer version wrote the database.
-            UnavailableError: AG-STO-001 if it cannot be written.
-        """
-        self._path = path
-        self._local = threading.local()
-        # SQLite gives its journal files the mode of the database.
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
-        self._migrate()
-
-    # --- connections ---
-
-    def _connection(self) -> sqlite3.Connection:
-        connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
-        if connection is None:
-            connection = sqlite3.connect(self._path, timeout=30, isolation_level=None)
-            connection.row_factory = sqlite3.Row
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = FULL")
-            connection.execute("PRAGMA foreign_keys = ON")
-            self._local.connection = connection
-        return connection
-
-    def close(self) -> None:
-        """Close this thread's connection."""
-        connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
-        if connection is not None:
-            connection.close()
-            self._local.connection = None
-
-    @contextlib.contextmanager
-    def transaction(self) -> Iterator[None]:
-        """Make the calls inside one transaction; nests into an outer one.
-
-        Raises:
-            UnavailableError: AG-STO-001 if the disk is full or the database stays locked.
-        """
-        connection = self._connection()
-        if connection.in_transaction:
-            yield
-            return
-        try:
-            connection.execute("BEGIN IMMEDIATE")
-            yield
-            connection.execute("COMMIT")
-        except sqlite3.OperationalError as error:
-            raise UnavailableError("AG-STO-001", f"site.db: {error}") from error
-        finally:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-
-    def _run(self, sql: str, *values: object) -> int:
-        with self.transaction():
-            return self._connection().execute(sql, values).rowcount
-
-    def _rows(self, sql: str, *values: object) -> list[sqlite3.Row]:
-        return self._connection().execute(sql, values).fetchall()
-
-    def _migrate(self) -> None:
-        connection = self._connection()
-        (version,) = connection.execute("PRAGMA user_version").fetchone()
-        if version > len(_MIGRATIONS):
-            raise RejectedError("AG-SIT-002", f"site.db has schema {version}, a newer one")
-        for number, script in enumerate(_MIGRATIONS[version:], version + 1):
-            # One transaction per step: a killed migration leaves the previous schema.
-            connection.executescript(
-                f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {number}; COMMIT;"
-            )
+    migrations = _MIGRATIONS
+    newer_code = "AG-SIT-002"
 
     # --- models ---
 

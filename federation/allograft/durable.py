@@ -12,12 +12,15 @@ import errno
 import fcntl
 import os
 import secrets
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
 from allograft.errors import UnavailableError
 
+_LOCK = "daemon.lock"
+_ASKING_S = 1.0  # longer than anyone takes to ask whether a directory is locked
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
@@ -98,10 +101,33 @@ def lock_directory(path: Path) -> Callable[[], None]:
     Raises:
         UnavailableError: AG-STO-002 when another process holds it.
     """
-    descriptor = os.open(path / "daemon.lock", os.O_RDWR | os.O_CREAT, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        raise UnavailableError("AG-STO-002", f"{path} is locked by another process") from error
+    descriptor = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
+    end_s = time.monotonic() + _ASKING_S
+    while not _try_lock(descriptor, fcntl.LOCK_EX):
+        # Who only asks has it for an instant.
+        if time.monotonic() >= end_s:
+            os.close(descriptor)
+            raise UnavailableError("AG-STO-002", f"{path} is locked by another process")
+        time.sleep(_ASKING_S / 20)
     return lambda: os.close(descriptor)
+
+
+def is_directory_locked(path: Path) -> bool:
+    """Whether a process holds the lock of a state directory; changes nothing there."""
+    try:
+        descriptor = os.open(path / _LOCK, os.O_RDONLY)
+    except FileNotFoundError:
+        return False
+    try:
+        # Shared: others who ask at the same moment do not take each other for a daemon.
+        return not _try_lock(descriptor, fcntl.LOCK_SH)
+    finally:
+        os.close(descriptor)
+
+
+def _try_lock(descriptor: int, kind: int) -> bool:
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

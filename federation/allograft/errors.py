@@ -74,7 +74,12 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
         ),
         "AG-STO-003": ErrorCode(
             "the state directory is missing or incomplete",
-            "Run the init command for this directory first.",
+            "Run the init command if this directory is new; else restore the file from a backup.",
+        ),
+        "AG-STO-004": ErrorCode(
+            "the database is damaged",
+            "Stop the daemon and restore the file from a backup, without the -wal and -shm files "
+            "beside it.",
         ),
         "AG-STO-005": ErrorCode(
             "a path cannot be read or written",

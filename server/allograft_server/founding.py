@@ -26,6 +26,7 @@ from allograft_server.settings import (
     parse_address,
     write_settings,
 )
+from allograft_server.store import Store
 
 
 def found_coordinator(state: State, name: str, address: str, now: datetime) -> bytes:
@@ -52,7 +53,8 @@ def found_coordinator(state: State, name: str, address: str, now: datetime) -> b
         # Half a coordinator would only be in the way of the next attempt.
         shutil.rmtree(state.root, ignore_errors=True)
         if existed:
-            state.root.mkdir(mode=0o700)
+            # It is still there if it is a mount point.
+            state.root.mkdir(mode=0o700, exist_ok=True)
         raise
 
 
@@ -81,6 +83,7 @@ def _found(state: State, settings: Settings, now: datetime) -> bytes:
     )
     request = request_coordinator(record, keys)
     durable_write(state.enrolment, request, mode=0o644)
+    Store.create(state.database).close()
     # Last, because this file is what makes the directory a coordinator's.
     write_settings(state, settings)
     return request

@@ -13,8 +13,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, NoReturn
 
+import click
 import typer
 
+import allograft
 from allograft.cli import shell
 from allograft.cli.shell import Format, FormatOption, emit
 from allograft_server.settings import State
@@ -33,6 +35,22 @@ StateOption = Annotated[
         "--state", envvar=_VARIABLE, help="The coordinator's state directory.", show_default=False
     ),
 ]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        click.echo(f"allograft-coordinator {allograft.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _start(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    pass
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from allograft.crypto import canonical
-from allograft.durable import lock_directory
-from allograft.errors import RejectedError, UnavailableError
+from allograft.durable import is_directory_locked
+from allograft.errors import RejectedError
 from allograft.log.store import LogReader
 from allograft.roster.client import RosterClient
 from allograft.roster.records import Roster
@@ -107,7 +107,7 @@ def read_overview(state: State) -> Overview:
     return Overview(
         name=settings.name,
         address=settings.address,
-        running=_is_running(state),
+        running=is_directory_locked(state.root),
         roster_waits=(state.roster / INCOMING).exists(),
         roster_version=roster.version if roster else 0,
         roster_expires=canonical.format_time(roster.expires) if roster else "",
@@ -207,11 +207,3 @@ def _log_size(state: State) -> int:
         return log.size
     finally:
         log.close()
-
-
-def _is_running(state: State) -> bool:
-    try:
-        lock_directory(state.root)()
-    except UnavailableError:
-        return True
-    return False

@@ -8,20 +8,16 @@ it may start from, so making it twice is the same as making it once.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import sqlite3
-import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Literal
 
 from allograft.crypto import canonical
-from allograft.errors import RejectedError, UnavailableError
 from allograft.relay.item import Item
+from allograft.sqlite import Database
 
 #: What an item from a site can be. `receiving`: parts are missing. `complete`: all are here, not
 #: yet judged. `stored`: accepted. `refused`: never taken, with a code.
@@ -160,74 +156,11 @@ class QueuedEntry:
     document: bytes
 
 
-class Store:
-    """The database of the coordinator; every thread gets its own connection."""
+class Store(Database):
+    """The database of the coordinator."""
 
-    def __init__(self, path: Path) -> None:
-        """Open and migrate.
-
-        Raises:
-            RejectedError: AG-CRD-012 if a newer version wrote the database.
-        """
-        self._path = path
-        self._local = threading.local()
-        self._migrate()
-
-    def _connection(self) -> sqlite3.Connection:
-        connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
-        if connection is None:
-            connection = sqlite3.connect(self._path, timeout=30, isolation_level=None)
-            connection.row_factory = sqlite3.Row
-            connection.execute("PRAGMA journal_mode = WAL")
-            connection.execute("PRAGMA synchronous = FULL")
-            self._local.connection = connection
-        return connection
-
-    def close(self) -> None:
-        """Close this thread's connection."""
-        connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
-        if connection is not None:
-            connection.close()
-            self._local.connection = None
-
-    @contextlib.contextmanager
-    def transaction(self) -> Iterator[None]:
-        """Make the calls inside one transaction; nests into an outer one.
-
-        Raises:
-            UnavailableError: AG-STO-001 if the disk is full or the database stays locked.
-        """
-        connection = self._connection()
-        if connection.in_transaction:
-            yield
-            return
-        try:
-            connection.execute("BEGIN IMMEDIATE")
-            yield
-            connection.execute("COMMIT")
-        except sqlite3.OperationalError as error:
-            raise UnavailableError("AG-STO-001", f"coordinator.db: {error}") from error
-        finally:
-            if connection.in_transaction:
-                connection.execute("ROLLBACK")
-
-    def _run(self, sql: str, *values: object) -> int:
-        with self.transaction():
-            return self._connection().execute(sql, values).rowcount
-
-    def _rows(self, sql: str, *values: object) -> list[sqlite3.Row]:
-        return self._connection().execute(sql, values).fetchall()
-
-    def _migrate(self) -> None:
-        connection = self._connection()
-        (version,) = connection.execute("PRAGMA user_version").fetchone()
-        if version > len(_MIGRATIONS):
-            raise RejectedError("AG-CRD-012", f"coordinator.db has schema {version}")
-        for number, script in enumerate(_MIGRATIONS[version:], version + 1):
-            # One transaction per step: a killed migration leaves the previous schema.
-            connection.executescript(
-                f"BEGIN IMMEDIATE; {script} PRAGMA user_version = {number}; COMMIT;"
-            )
+    migrations = _MIGRATIONS
+    newer_code = "AG-CRD-012"
 
     # --- items ---
 

@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 import structlog
 
+import allograft
 from allograft.cli import shell
 from allograft.durable import lock_directory
+from allograft.errors import UnavailableError
 from allograft.roster.enrolment import fingerprint, verify_coordinator_request
 from allograft_server.main import app
 from kit.coordination import Coordination
@@ -40,6 +42,10 @@ def state(tmp_path: Path, run: Any) -> Path:
     state = tmp_path / "hub"
     assert run("init", "--name", "hub", "--address", ADDRESS, "--state", state)[0] == 0
     return state
+
+
+def test_shows_its_version(run: Any) -> None:
+    assert run("--version")[:2] == (0, f"allograft-coordinator {allograft.__version__}\n")
 
 
 def test_init_makes_private_keys_and_a_request(tmp_path: Path, run: Any) -> None:
@@ -84,6 +90,16 @@ def test_init_refuses_bad_names_and_addresses_and_leaves_nothing(
     status, _, err = run("init", "--name", name, "--address", address, "--state", state)
     assert status == 1, err
     assert not state.exists()
+
+
+def empty_directory(path: Path, ignore_errors: bool) -> None:
+    assert ignore_errors
+    for entry in path.iterdir():
+        if entry.is_dir():
+            empty_directory(entry, ignore_errors)
+            entry.rmdir()
+        else:
+            entry.unlink()
 
 
 @pytest.mark.parametrize("command", ["status", "sites", "serve"])
@@ -144,6 +160,35 @@ def test_a_database_of_a_newer_version_is_refused(state: Path, run: Any) -> None
     status, _, err = run("status", "--state", state)
     assert status == 1
     assert "AG-CRD-012" in err
+
+
+@pytest.mark.parametrize("command", ["status", "serve"])
+@pytest.mark.parametrize(("content", "code"), [(None, "AG-STO-003"), (b"#" * 8192, "AG-STO-004")])
+def test_a_lost_or_damaged_database_is_named(
+    state: Path, run: Any, command: str, content: bytes | None, code: str
+) -> None:
+    (state / "coordinator.db").unlink()
+    if content is not None:
+        (state / "coordinator.db").write_bytes(content)
+    status, _, err = run(command, "--state", state)
+    assert (status, code in err) == (3, True), err
+    assert (state / "coordinator.db").exists() == (content is not None)
+
+
+def test_init_on_a_full_disk_leaves_the_directory_that_was_there(
+    tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_arguments: object) -> None:
+        raise UnavailableError("AG-STO-001", "cannot write coordinator.toml: no space")
+
+    monkeypatch.setattr("allograft_server.founding.write_settings", full)
+    # What cannot be removed, as a mount point cannot: its content goes, it stays.
+    monkeypatch.setattr("allograft_server.founding.shutil.rmtree", empty_directory)
+    arguments = ("init", "--name", "hub", "--address", ADDRESS, "--state", tmp_path)
+    status, _, err = run(*arguments)
+    assert (status, "AG-STO-001" in err) == (3, True), err
+    monkeypatch.undo()
+    assert run(*arguments)[0] == 0
 
 
 def test_import_roster_names_the_sites_and_the_root(tmp_path: Path, run: Any) -> None:

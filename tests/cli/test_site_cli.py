@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from allograft.crypto.canonical import format_time
-from allograft.durable import lock_directory
+from allograft.durable import durable_file, lock_directory
 from allograft.errors import UnavailableError
 from allograft.privacy.policy import parse_policy
 from allograft.provenance.lineage import describe_base
@@ -74,6 +74,31 @@ def test_init_never_replaces_keys(state, capsys):
     assert (state / "keys" / "signing.pem").read_bytes() == before
 
 
+@pytest.mark.parametrize("written", range(7))  # four keys, request, example policy, settings
+def test_an_interrupted_init_goes_on_with_the_keys_it_made(
+    tmp_path, founded, capsys, monkeypatch, written
+):
+    state, arguments = tmp_path / "site", ("init", "--site", "hospital-a")
+    real, left = durable_file, iter(range(written))
+
+    def full(path, mode=0o600):
+        if next(left, None) is None:
+            raise UnavailableError("AG-STO-001", f"cannot write {path.name}: no space")
+        return real(path, mode)
+
+    monkeypatch.setattr("allograft.durable.durable_file", full)
+    assert refusal(capsys, *arguments, "--state", state) == (3, "AG-STO-001")
+    monkeypatch.undo()
+    before = {path.name: path.read_bytes() for path in (state / "keys").glob("*")}
+    assert len(before) == min(written, 4)
+    run_site_json(capsys, *arguments, "--state", state)
+    after = {path.name: path.read_bytes() for path in (state / "keys").glob("*")}
+    assert len(after) == 4
+    assert before.items() <= after.items()
+    founded.enrol(state)
+    assert join(founded, state, capsys)["sites"] == ["hospital-a"]
+
+
 def test_init_tells_the_fingerprint_that_the_keeper_computes(state, founded):
     from allograft.roster.enrolment import fingerprint
 
@@ -116,6 +141,24 @@ def test_refuses_a_roster_that_does_not_list_this_site(founded, state, tmp_path,
     fingerprint = founded.keeper.fingerprint
     arguments = ("join", founded.publish(), "--root-fingerprint", fingerprint, "--state", state)
     assert refusal(capsys, *arguments) == (1, "AG-ROS-002")
+    assert list((state / "roster").iterdir()) == []
+
+
+def test_a_refused_consortium_does_not_stand_in_the_way_of_the_right_one(
+    founded, state, tmp_path, capsys
+):
+    stranger = Founded(tmp_path / "stranger")
+    arguments = ("--root-fingerprint", stranger.keeper.fingerprint, "--state", state)
+    assert refusal(capsys, "join", stranger.publish(), *arguments) == (1, "AG-ROS-002")
+    founded.enrol(state)
+    assert join(founded, state, capsys)["sites"] == ["hospital-a"]
+
+
+def test_a_site_that_joined_never_moves_to_another_consortium(joined, tmp_path, capsys):
+    stranger = Founded(tmp_path / "stranger")
+    stranger.enrol(joined)
+    arguments = ("--root-fingerprint", stranger.keeper.fingerprint, "--state", joined)
+    assert refusal(capsys, "join", stranger.publish(), *arguments) == (1, "AG-ROS-010")
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"\xff\xfe", b'{"v":1}'])
@@ -149,6 +192,23 @@ def test_commands_before_joining_say_what_is_missing(state, capsys):
 
 def test_commands_without_a_state_say_what_is_missing(tmp_path, capsys):
     assert refusal(capsys, "status", "--state", tmp_path / "none") == (3, "AG-STO-003")
+
+
+def test_a_lost_database_is_not_begun_anew(joined, capsys):
+    for path in joined.glob("site.db*"):
+        path.unlink()
+    for command in ("status", "packets", "serve"):
+        status, _, err = run_site(capsys, command, "--state", joined)
+        assert (status, "AG-STO-003" in err, "backup" in err) == (3, True, True)
+    assert not (joined / "site.db").exists()
+
+
+def test_a_damaged_database_is_named(joined, capsys):
+    (joined / "site.db").write_bytes(b"garbage!" * 1024)
+    assert refusal(capsys, "status", "--state", joined) == (3, "AG-STO-004")
+    status, out, _ = run_site(capsys, "doctor", "--state", joined, "--format", "json")
+    findings = {finding["check"]: finding for finding in json.loads(out)["findings"]}
+    assert (status, findings["database"]["code"]) == (3, "AG-STO-004")
 
 
 @pytest.mark.parametrize(
@@ -294,6 +354,26 @@ def test_a_request_waits_for_a_daemon_that_holds_the_state(joined, tmp_path, cap
     status = run_site_json(capsys, "status", "--state", joined)
     assert [job["state"] for job in status["jobs"]] == ["queued"]
     assert scripted.tasks == []
+
+
+def test_every_request_names_its_packet_even_if_only_queued(joined, capsys):
+    site = site_module.open_site(Home(joined))
+    packet_id = "ab" * 16
+    row = PacketRow(
+        packet_id=packet_id, role="donor", donor="hospital-a", kind="organ", model="", code="",
+        dispatch_id="", state="routed", reason="proposals are here", facts={},
+        time="2026-11-23T08:00:00Z",
+    )  # fmt: skip
+    site.store.add_packet(row)
+    (joined / "policy.toml").write_text(POLICY)
+    for command in (
+        ("approve", packet_id, "--role", "steward"),
+        ("dispatch", packet_id, "--to", "hospital-a"),
+        ("withdraw", packet_id),
+        ("trial", packet_id),
+    ):
+        queued = run_site_json(capsys, *command, "--no-wait", "--state", joined)
+        assert (queued["packet_id"], queued["state"]) == (packet_id, "queued"), command
 
 
 def test_a_second_daemon_on_the_same_state_is_refused(joined):

@@ -199,7 +199,7 @@ class Member:
 
     def open(self, roster: Roster) -> None:
         """Open the site afresh, as a restarted daemon does."""
-        store = Store(self.home.database)
+        store = Store.create(self.home.database)
         store.requeue_jobs()
         trust = Belief(roster, self.name)
         self.site = Site(

@@ -60,7 +60,7 @@ class SiteKit:
         self.restart()
 
     def restart(self) -> None:
-        self.store = Store(self.root / "site.db")
+        self.store = Store.create(self.root / "site.db")
         self.outbox = Outbox(self.root / "outbox", self.store, SITE, COORDINATOR)
         self.inbox = Inbox(self.root / "inbox", self.store, SITE, self.reserve_bytes)
         self.exchange = Exchange(

@@ -165,7 +165,7 @@ class FlowerRelay:
                 self.state.tls / "ca.pem",
                 root / f"{name}.sock",
             )
-        self.store = Store(self.state.database)
+        self.store = Store.create(self.state.database)
         self.mailbox = Mailbox(self.state.mailbox, 0)
         self.relay = Relay(
             "hub",

@@ -12,7 +12,7 @@ PACKET = "0123456789abcdef0123456789abcdef"
 
 @pytest.fixture
 def store(tmp_path):
-    with_path = Store(tmp_path / "site.db")
+    with_path = Store.create(tmp_path / "site.db")
     yield with_path
     with_path.close()
 

@@ -33,7 +33,9 @@ from allograft.provenance.statement import PacketStatement
 from allograft.roster.client import RosterClient
 from allograft.roster.records import Roster
 
-app = typer.Typer(no_args_is_help=True, help="Inspect, verify, open and lint packets.")
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, help="Inspect, verify, open and lint packets."
+)
 
 _EVENT_NAME = "dispatch.event.json"
 _PROOF_NAME = "dispatch.proof"
