@@ -65,6 +65,10 @@ class Desk:
         """As `Post.item_untaken`."""
         self._post.item_untaken(row, code)
 
+    def awaits_witnesses(self) -> bool:
+        """As `Witnessing.awaits_witnesses`."""
+        return self._witnessing.awaits_witnesses()
+
     def checkpoint_for(self, site: str, witnessed_size: int) -> tuple[str, tuple[bytes, ...]]:
         """As `Witnessing.checkpoint_for`."""
         return self._witnessing.checkpoint_for(site, witnessed_size)

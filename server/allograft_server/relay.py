@@ -38,7 +38,7 @@ from allograft_server.store import ItemRow, Store
 # is asked less and less often: every fifth part of the time it has been still, within bounds.
 _ACTIVE_S = 5.0
 _IDLE_POLL_S = 2.0
-_LONGEST_IDLE_POLL_S = 20.0
+_LONGEST_IDLE_POLL_S = 10.0
 _LONGEST_PAUSE_S = 60.0
 _RECEIVING_ITEMS = 64  # per site; more wait in the site's outbox
 _POLL_BUDGET_BYTES = LIMITS.poll_bytes // 2
@@ -66,6 +66,9 @@ class Desk(Protocol):
 
     def item_untaken(self, row: ItemRow, code: str) -> None:
         """A site will never take an item of ours."""
+
+    def awaits_witnesses(self) -> bool:
+        """Whether a dispatch is held back until sites have cosigned the log."""
 
     def checkpoint_for(self, site: str, witnessed_size: int) -> tuple[str, tuple[bytes, ...]]:
         """The checkpoint to witness and its consistency proof; empty when nothing is new."""
@@ -168,6 +171,7 @@ class Relay:
                     lane.calls.clear()
             calls: list[OutgoingCall] = []
             has_body = False
+            is_urgent = self._desk.awaits_witnesses()
             for node in online:
                 site = self._directory.site_of_node(node.public_key)
                 if site is None:
@@ -175,7 +179,7 @@ class Relay:
                 lane = self._lanes.setdefault(site, _Lane(moved_s=self._monotonic_s()))
                 if self._monotonic_s() < lane.resume_s:
                     continue
-                if self._is_poll_due(site, lane):
+                if self._is_poll_due(site, lane, is_urgent):
                     calls.append(self._poll(site, lane, node.node_id))
                 calls += self._takes(site, lane, node.node_id)
                 if not has_body and (put := self._put(site, lane, node.node_id)):
@@ -183,12 +187,13 @@ class Relay:
                     calls.append(put)
             return calls
 
-    def _is_poll_due(self, site: str, lane: _Lane) -> bool:
+    def _is_poll_due(self, site: str, lane: _Lane, is_urgent: bool) -> bool:
         if lane.has("poll"):
             return False
         now_s = self._monotonic_s()
         still_s = now_s - lane.moved_s
-        pause_s = min(max(_IDLE_POLL_S, still_s / 5), _LONGEST_IDLE_POLL_S)
+        longest_s = _IDLE_POLL_S if is_urgent else _LONGEST_IDLE_POLL_S
+        pause_s = min(max(_IDLE_POLL_S, still_s / 5), longest_s)
         if still_s < _ACTIVE_S or now_s - lane.polled_s >= pause_s:
             return True
         waiting = {row.item_id for row in self._waiting(site)}

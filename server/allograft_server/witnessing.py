@@ -65,6 +65,10 @@ class Witnessing:
                 self._post.release(dispatch, proof)
                 structlog.get_logger("log").info("released", dispatch=dispatch.dispatch_id)
 
+    def awaits_witnesses(self) -> bool:
+        """Whether a dispatch is held back until sites have cosigned the log."""
+        return bool(self._store.dispatches("logged"))
+
     def checkpoint_for(self, site: str, witnessed_size: int) -> tuple[str, tuple[bytes, ...]]:
         """The checkpoint that a site should cosign now, with its consistency proof, or nothing."""
         try:

@@ -197,6 +197,9 @@ class FlowerRelay:
     def item_untaken(self, row: ItemRow, code: str) -> None:
         self.store.move_item(row.item_id, ("waiting",), "refused", code)
 
+    def awaits_witnesses(self) -> bool:
+        return False
+
     def checkpoint_for(self, site: str, witnessed_size: int) -> tuple[str, tuple[bytes, ...]]:
         return "", ()
 

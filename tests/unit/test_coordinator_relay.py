@@ -47,6 +47,7 @@ class World:
         self.untaken: list[tuple[str, str]] = []
         self.cosignatures: list[tuple[str, str]] = []
         self.checkpoint = ""
+        self.is_urgent = False
         self.session = "first"
         (directory / "mailbox").mkdir()
         self.restart()
@@ -91,6 +92,9 @@ class World:
     def item_untaken(self, row: ItemRow, code: str) -> None:
         self.untaken.append((row.item_id, code))
         self.store.move_item(row.item_id, ("waiting",), "refused", code)
+
+    def awaits_witnesses(self) -> bool:
+        return self.is_urgent
 
     def checkpoint_for(self, site: str, witnessed_size: int) -> tuple[str, tuple[bytes, ...]]:
         return self.checkpoint, ()
@@ -270,7 +274,22 @@ def test_a_still_site_is_polled_less_and_less_but_never_forgotten(
             world.round()
         counts.append(len(site.calls))
     assert counts[0] > counts[2] >= counts[5]
-    assert 2 <= counts[5] <= 3
+    assert 3 <= counts[5] <= 5
+
+
+def test_a_dispatch_that_waits_for_witnesses_hurries_the_polls_of_still_sites(
+    world: World, site: SimulatedSite
+) -> None:
+    for _ in range(240):  # two minutes
+        world.round()
+    counts = []
+    for world.is_urgent in (False, True):
+        site.calls.clear()
+        for _ in range(40):  # twenty seconds
+            world.round()
+        counts.append(len(site.calls))
+    assert counts[0] <= 3
+    assert counts[1] >= 8
 
 
 def test_new_work_for_an_idle_site_is_announced_at_once(world: World, site: SimulatedSite) -> None:

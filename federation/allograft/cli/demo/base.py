@@ -149,7 +149,7 @@ class _Maker:
             stranger_files=OwnFiles(stranger, self._directory / "retention-stranger.jsonl"),
             nature="synthetic" if self._options.data is None else "",
             domain="synthetic clinical notes" if self._options.data is None else "own documents",
-            learning_rate=2e-3 if _weight_bytes(base) < _LARGE_BYTES else 1e-4,
+            learning_rate=3e-3 if _weight_bytes(base) < _LARGE_BYTES else 1e-4,
             seconds=tuple(self._seconds),
         )
 

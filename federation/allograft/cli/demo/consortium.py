@@ -80,7 +80,7 @@ class SiteHome:
         answer = self.command(
             "donate", "--model", MODEL, "--recipe", recipe, "--data", str(world.donor_data),
             "--domain", world.domain, "--declare", world.nature, "--declared-by", "operator",
-            "--mode", "open", "--steps", str(steps), "--window", "128",
+            "--mode", "open", "--steps", str(steps), "--batch", "8", "--window", "128",
             "--learning-rate", str(world.learning_rate), "--seed", str(seed), "--no-wait",
         )  # fmt: skip
         return canonical.as_text(answer["packet_id"])
