@@ -26,6 +26,7 @@ from allograft.recipes.documents import drop_near_duplicates, read_documents
 
 #: Distinct documents that a trial wants of each sort; see `evaluate.gate.GateRules`.
 _TRIAL_DOCUMENTS = 60
+_RETENTION_CHARS = 600  # enough to judge by; every trial measures these texts eight times
 _LARGE_BYTES = 200 << 20  # about 50 million weights; larger models want a gentler rate
 _LOOK_S = 0.3
 _STILL_S = 300.0
@@ -60,7 +61,7 @@ class WorldOptions:
     base_steps: int = 140
     descendant_steps: int = 30
     stranger_steps: int = 70
-    donor_notes: int = 3000
+    donor_notes: int = 1500
     own_notes: int = 100
     retention_documents: int = 80
     replay: float = 0.25
@@ -168,7 +169,9 @@ class _Maker:
         else:
             training, retention = _split(_read_texts(self._options.general), 0.8)
         _require(len(retention), _TRIAL_DOCUMENTS, "general documents set aside")
-        retention = retention[: self._options.retention_documents]
+        retention = [
+            text[:_RETENTION_CHARS] for text in retention[: self._options.retention_documents]
+        ]
         for name in ("donor", "same", "descendant", "stranger"):
             demo_text.save_texts(self._directory / f"retention-{name}.jsonl", retention)
         path = self._directory / "general.jsonl"

@@ -78,10 +78,11 @@ def play(directory: Path, options: PlayOptions, console: Console) -> Report:
     """
     started_s = time.monotonic()
     stages = Stages(console)
-    world = _make_world(directory, options, stages)
     (directory / "logs").mkdir()
     with Daemons(directory / "logs") as daemons:
         consortium = _found(directory, stages, daemons)
+        # Ten processes start meanwhile; that is most of a minute of one processor.
+        world = _make_world(directory, options, stages)
         _settle_in(consortium, world, stages)
         packet_id = _donate(consortium, world, options, stages)
         _send(consortium, packet_id, stages)
