@@ -173,7 +173,10 @@ def main() -> None:
     parser.add_argument("--public-port", type=int, required=True)
     parser.add_argument("--private-port", type=int, required=True)
     parser.add_argument("--parent-pid", type=int, required=True)
-    asyncio.run(serve(parser.parse_args()))
+    # The loop that uvicorn itself would choose: uvloop where it is installed, which flwr sees to.
+    factory = uvicorn.Config(app="").get_loop_factory()
+    with asyncio.Runner(loop_factory=factory) as runner:
+        runner.run(serve(parser.parse_args()))
 
 
 if __name__ == "__main__":

@@ -58,9 +58,9 @@ class WorldOptions:
     data: Path | None = None
     general: Path | None = None
     seed: int = 0
-    base_steps: int = 140
-    descendant_steps: int = 30
-    stranger_steps: int = 70
+    base_steps: int = 120
+    descendant_steps: int = 20
+    stranger_steps: int = 60
     donor_notes: int = 1500
     own_notes: int = 100
     retention_documents: int = 80
@@ -169,9 +169,9 @@ class _Maker:
         else:
             training, retention = _split(_read_texts(self._options.general), 0.8)
         _require(len(retention), _TRIAL_DOCUMENTS, "general documents set aside")
-        retention = [
+        retention = tuple(
             text[:_RETENTION_CHARS] for text in retention[: self._options.retention_documents]
-        ]
+        )
         for name in ("donor", "same", "descendant", "stranger"):
             demo_text.save_texts(self._directory / f"retention-{name}.jsonl", retention)
         path = self._directory / "general.jsonl"
