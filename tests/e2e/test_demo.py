@@ -122,9 +122,9 @@ def test_an_interrupted_demo_stops_everything_it_started(tmp_path: Path) -> None
         env=None,
         start_new_session=True,
     ) as demo:
-        # The daemons are up and workers are busy.
+        # The daemons are up and models are being trained.
         for line in demo.stdout:
-            if line.startswith("… Each site adds"):
+            if line.startswith("… Training"):
                 break
         time.sleep(5)
         assert len(_ours() - before) > 10
