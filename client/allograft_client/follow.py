@@ -73,20 +73,18 @@ def _changes(site: Site, packet: str, timeout_s: float) -> Iterator[Glimpse]:
 
 
 def _look(store: Store, packet: str) -> Glimpse | None:
-    if not store.has_packet(packet):
-        try:
-            packet = store.packet(packet).packet_id
-        except RejectedError:
-            return None  # not here yet
-    row = store.packet(packet)
-    running = [job for job in store.jobs() if job.subject == packet and job.state == "running"]
+    try:
+        row = store.packet(packet)
+    except RejectedError:
+        return None  # not here yet
+    jobs = [job for job in store.jobs() if job.subject == row.packet_id and job.state == "running"]
     return Glimpse(
         packet_id=row.packet_id,
         state=row.state,
         code=row.code,
         reason=row.reason,
-        progress=describe_progress(running[0]) if running else "",
-        receipts=store.receipts(packet),
+        progress=describe_progress(jobs[0]) if jobs else "",
+        receipts=store.receipts(row.packet_id),
     )
 
 
