@@ -18,7 +18,6 @@ from typing import Annotated, Any, NoReturn
 import click
 import typer
 
-import allograft
 from allograft.cli import shell
 from allograft.cli.shell import Format, FormatOption, emit
 from allograft.crypto import canonical
@@ -54,18 +53,9 @@ for _command in (
     app.command()(_command)
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        click.echo(f"allograft-site {allograft.__version__}")
-        raise typer.Exit
-
-
 @app.callback()
 def _start(
-    version: Annotated[
-        bool,
-        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
-    ] = False,
+    version: Annotated[bool, shell.version_option("allograft-site")] = False,
 ) -> None:
     pass
 

@@ -13,10 +13,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, NoReturn
 
-import click
 import typer
 
-import allograft
 from allograft.cli import shell
 from allograft.cli.shell import Format, FormatOption, emit
 from allograft_server.settings import State
@@ -37,18 +35,9 @@ StateOption = Annotated[
 ]
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        click.echo(f"allograft-coordinator {allograft.__version__}")
-        raise typer.Exit
-
-
 @app.callback()
 def _start(
-    version: Annotated[
-        bool,
-        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
-    ] = False,
+    version: Annotated[bool, shell.version_option("allograft-coordinator")] = False,
 ) -> None:
     pass
 

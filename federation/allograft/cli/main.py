@@ -14,7 +14,6 @@ import click
 import typer
 from typer.core import TyperGroup
 
-import allograft
 from allograft.cli import shell
 
 #: Group → the module that defines its `app`, and the line that --help shows.
@@ -55,18 +54,9 @@ app = typer.Typer(
 )
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        click.echo(f"allograft {allograft.__version__}")
-        raise typer.Exit
-
-
 @app.callback()
 def _start(
-    version: Annotated[
-        bool,
-        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
-    ] = False,
+    version: Annotated[bool, shell.version_option("allograft")] = False,
 ) -> None:
     pass
 

@@ -23,6 +23,7 @@ from typing import Annotated, Any, NoReturn, TypeVar
 import click
 import typer
 
+import allograft
 from allograft.crypto import canonical
 from allograft.durable import explain
 from allograft.errors import AllograftError, RejectedError
@@ -47,6 +48,17 @@ class Format(StrEnum):
 FormatOption = Annotated[
     Format, typer.Option("--format", help="How to write the result: text for people, or json.")
 ]
+
+
+def version_option(program: str) -> Any:
+    """The `--version` option of a program, for an `Annotated` parameter of its callback."""
+
+    def show(wanted: bool) -> None:
+        if wanted:
+            click.echo(f"{program} {allograft.__version__}")
+            raise typer.Exit
+
+    return typer.Option("--version", callback=show, is_eager=True, help="Show the version.")
 
 
 def emit(value: T, format: Format, render: Callable[[T], str]) -> None:
