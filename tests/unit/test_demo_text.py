@@ -147,9 +147,6 @@ class TestWorld:
         general = set(texts_of(world.base.parent / "general.jsonl"))
         assert 0.1 < len(donor & general) / len(donor) < 0.3
         assert world.nature == "synthetic"
-        assert [name for name, _ in world.seconds] == [
-            "text", "tokenizer", "base model", "further-trained descendant", "independent model",
-        ]  # fmt: skip
 
     def test_a_person_s_own_base_and_text_are_used(self, world, tmp_path: Path) -> None:
         notes = demo_text.write_notes(demo_text.invent_medicine(), 420, 8)
@@ -210,7 +207,7 @@ class TestWorld:
             pytest.raises(kind) as error,
             reporting([sys.executable, "-c", program], tmp_path / "log") as child,
         ):
-            maker._finish("model", child)
+            maker._finish(("model",), child)
         assert error.value.code == code
         assert child.process.returncode is not None
 

@@ -3,7 +3,7 @@
 
 A base; a descendant, which is the base trained further on general text; and a stranger of the same
 shape and tokenizer with its own beginning. Each can be replaced by a person's own files. Models
-train in processes of their own, the stranger beside the base, and are ended with this one.
+train in two processes, the stranger beside the other two, which are ended with this one.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from allograft.cli.demo import text as demo_text
@@ -91,7 +91,6 @@ class World:
         nature: What the donor may truthfully declare its data to be; empty for a person's own.
         domain: The domain in a few words, for the offer.
         learning_rate: The donor's peak rate, which depends on the size of the base.
-        seconds: How long each phase took.
     """
 
     base: Path
@@ -105,7 +104,6 @@ class World:
     nature: str
     domain: str
     learning_rate: float
-    seconds: tuple[tuple[str, float], ...] = field(default=())
 
 
 #: Told what is being made and how much of it is done, 0 to 1.
@@ -131,13 +129,12 @@ class _Maker:
         self._directory = directory
         self._options = options
         self._progress = progress
-        self._seconds: list[tuple[str, float]] = []
         self._threads = max(1, min(4, (os.cpu_count() or 2) // 2))
 
     def make(self) -> World:
-        with self._phase("text"):
-            general = self._general_text()
-            same, descendant, stranger = self._domain_text(general)
+        self._progress("text", 0.0)
+        general = self._general_text()
+        same, descendant, stranger = self._domain_text(general)
         base, relative, alien = self._models(general)
         return World(
             base=base,
@@ -151,15 +148,7 @@ class _Maker:
             nature="synthetic" if self._options.data is None else "",
             domain="synthetic clinical notes" if self._options.data is None else "own documents",
             learning_rate=3e-3 if _weight_bytes(base) < _LARGE_BYTES else 1e-4,
-            seconds=tuple(self._seconds),
         )
-
-    @contextlib.contextmanager
-    def _phase(self, name: str) -> Iterator[None]:
-        started = time.monotonic()
-        self._progress(name, 0.0)
-        yield
-        self._seconds.append((name, time.monotonic() - started))
 
     def _general_text(self) -> Path:
         """Write training and retention text; returns the training file."""
@@ -210,45 +199,49 @@ class _Maker:
         options = self._options
         shape = options.base or self._directory / "shape"
         if options.base is None:
-            with self._phase("tokenizer"):
-                write_shape(shape, _read_texts(general))
+            self._progress("tokenizer", 0.0)
+            write_shape(shape, _read_texts(general))
         elif not (options.base / "config.json").is_file():
             raise RejectedError("AG-DEM-011", "there is no config.json in the base directory")
         base = options.base or self._directory / "base"
         descendant, stranger = self._directory / "descendant", self._directory / "stranger"
-        made, text = options.base is None, str(general)
-        seed, threads = 1000 * options.seed, self._threads
-        alien_steps = options.stranger_steps if made else 0
-        alien_job = PretrainJob(
-            str(shape), text, str(stranger), True, alien_steps, _FRESH_RATE, seed + 3, threads
-        )
-        with self._training(alien_job) as alien:
-            if made:
-                job = PretrainJob(
-                    str(shape), text, str(base), True, options.base_steps, _FRESH_RATE, seed + 1,
-                    threads,
-                )  # fmt: skip
-                with self._phase("base model"), self._training(job) as child:
-                    self._finish("base model", child)
-            job = PretrainJob(
+        made, text, threads = options.base is None, str(general), self._threads
+        seed = 1000 * options.seed
+        alien = PretrainJob(
+            str(shape), text, str(stranger), True, options.stranger_steps if made else 0,
+            _FRESH_RATE, seed + 3, threads,
+        )  # fmt: skip
+        line = {
+            "further-trained descendant": PretrainJob(
                 str(base), text, str(descendant), False, options.descendant_steps,
                 _FURTHER_RATE if made else _OWN_RATE, seed + 2, threads,
+            )
+        }  # fmt: skip
+        if made:
+            job = PretrainJob(
+                str(shape), text, str(base), True, options.base_steps, _FRESH_RATE, seed + 1,
+                threads,
             )  # fmt: skip
-            with self._phase("further-trained descendant"), self._training(job) as child:
-                self._finish("further-trained descendant", child)
-            with self._phase("independent model"):
-                self._finish("independent model", alien)
+            line = {"base model": job} | line
+        with self._training([alien]) as aside, self._training(list(line.values())) as child:
+            self._finish(tuple(line), child)
+            self._finish(("independent model",), aside)
         return base, descendant, stranger
 
     @contextlib.contextmanager
-    def _training(self, job: PretrainJob) -> Iterator[Reporter]:
-        """Train one model in a process of its own, which never outlives the block."""
-        command = [sys.executable, "-m", "allograft.cli.demo.pretrain", json.dumps(asdict(job))]
-        with reporting(command, Path(job.out).with_suffix(".log")) as child:
+    def _training(self, jobs: Sequence[PretrainJob]) -> Iterator[Reporter]:
+        """Train models one after another in a process, which never outlives the block."""
+        written = json.dumps([asdict(job) for job in jobs])
+        command = [sys.executable, "-m", "allograft.cli.demo.pretrain", written]
+        with reporting(command, Path(jobs[0].out).with_suffix(".log")) as child:
             yield child
 
-    def _finish(self, name: str, child: Reporter) -> None:
+    def _finish(self, names: Sequence[str], child: Reporter) -> None:
         """Wait for a training process, as long as it moves.
+
+        Args:
+            names: What its models are, in order.
+            child: The process.
 
         Raises:
             RejectedError: The code that the process refused with.
@@ -262,9 +255,9 @@ class _Maker:
                 last, since_s = said, time.monotonic()
                 if "of" in said:
                     done, of = canonical.as_int(said["done"]), canonical.as_int(said["of"])
-                    self._progress(name, done / of)
+                    self._progress(names[canonical.as_int(said["model"])], done / of)
             if time.monotonic() - since_s > _STILL_S:
-                raise UnavailableError("AG-DEM-012", f"training the {name} stands still")
+                raise UnavailableError("AG-DEM-012", f"training the {names[-1]} stands still")
         if child.process.returncode:
             if "error" in (said := child.last()):
                 error = canonical.as_mapping(said["error"])
@@ -272,7 +265,7 @@ class _Maker:
                     canonical.as_text(error["code"]), canonical.as_text(error["cause"])
                 )
             status = child.process.returncode
-            raise UnavailableError("AG-DEM-012", f"training the {name} ended with {status}")
+            raise UnavailableError("AG-DEM-012", f"training the {names[-1]} ended with {status}")
 
 
 def _weight_bytes(model: Path) -> int:

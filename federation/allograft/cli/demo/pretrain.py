@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small language models from nothing, and further training of a person's own.
 
-The same loop trains them as trains organs. It runs as a program (`python -m`), one process for each
-model: two cores train two models, and the process that tells the story never loads tensors. It
-says how far it is in lines of JSON.
+The same loop trains them as trains organs. It runs as a program (`python -m`), so that two cores
+train two models and the process that tells the story never loads tensors. It says how far it is in
+lines of JSON.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,16 +95,18 @@ def _learning(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
 
 
 def main() -> None:
-    """Run the job given as the one argument."""
-
-    def tell(step: Step) -> None:
-        print(json.dumps({"done": step.number, "of": step.steps}), flush=True)
-
+    """Run the jobs given as the one argument, one after another."""
     try:
-        run_job(PretrainJob(**json.loads(sys.argv[1])), tell)
+        for number, fields in enumerate(json.loads(sys.argv[1])):
+            run_job(PretrainJob(**fields), partial(_tell, number))
     except AllograftError as error:
         print(json.dumps({"error": {"code": error.code, "cause": error.cause}}), flush=True)
         sys.exit(1)
+
+
+def _tell(model: int, step: Step) -> None:
+    said = {"model": model, "done": step.number, "of": step.steps}
+    print(json.dumps(said), flush=True)
 
 
 if __name__ == "__main__":

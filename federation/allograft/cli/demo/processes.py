@@ -14,6 +14,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -82,9 +83,7 @@ def run_command(
     Raises:
         UnavailableError: AG-DEM-002 if it did not end in time or is not installed.
     """
-    program = shutil.which(arguments[0])
-    if program is None:
-        raise UnavailableError("AG-DEM-002", f"{arguments[0]} is not installed on PATH")
+    program = _find_program(arguments[0])
     try:
         return subprocess.run(
             [program, *arguments[1:]],
@@ -205,12 +204,18 @@ class Daemons:
             self.stop()
 
 
-def _spawn(arguments: Sequence[str], output: IO[bytes]) -> subprocess.Popen[bytes]:
-    program = shutil.which(arguments[0])
+def _find_program(name: str) -> str:
+    """A program of the environment that runs the demo, activated or not."""
+    beside = os.path.dirname(sys.executable)
+    program = shutil.which(name, path=os.pathsep.join((beside, os.environ.get("PATH", ""))))
     if program is None:
-        raise UnavailableError("AG-DEM-002", f"{arguments[0]} is not installed on PATH")
+        raise UnavailableError("AG-DEM-002", f"{name} is not installed")
+    return program
+
+
+def _spawn(arguments: Sequence[str], output: IO[bytes]) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [program, *arguments[1:]],
+        [_find_program(arguments[0]), *arguments[1:]],
         stdin=subprocess.DEVNULL,
         stdout=output,
         stderr=subprocess.STDOUT,
