@@ -2,7 +2,7 @@
 """How a benchmark takes its options and tells its figures.
 
 Every benchmark has `--quick` (seconds, prints only) and `--json` (one JSON object on stdout). A
-full run also replaces `results/NAME.json` and appends one row to `RESULTS.md`, with the command,
+full run also replaces `results/NAME.json` and adds one row to the table of `RESULTS.md`, with the command,
 the machine and the date, so that a figure in a README can be traced to a run.
 """
 
@@ -110,8 +110,11 @@ def publish(
         document["machine"],
         f"`{document['command']}`",
     ]
-    with table.open("a", encoding="utf-8") as handle:
-        handle.write("| " + " | ".join(str(cell).replace("|", "/") for cell in cells) + " |\n")
+    row = "| " + " | ".join(str(cell).replace("|", "/") for cell in cells) + " |"
+    lines = table.read_text(encoding="utf-8").splitlines()
+    # Below the table stand words about its rows.
+    last = max(number for number, line in enumerate(lines) if line.startswith("|"))
+    table.write_text("\n".join([*lines[: last + 1], row, *lines[last + 1 :], ""]), "utf-8")
 
 
 def describe_machine() -> str:

@@ -20,6 +20,17 @@ def test_full_run_keeps_its_figures_and_appends_a_row(tmp_path, capsys):
     assert "seal 0.8 x (target >= 0.6); rows 12,000" in rows[-1]
 
 
+def test_a_row_goes_into_the_table_and_not_below_the_words_about_it(tmp_path):
+    options = report.parse_options("", ["--json"])
+    report.publish("sample", FIGURES, options, tmp_path)
+    with (tmp_path / "RESULTS.md").open("a") as handle:
+        handle.write("\nWords about the rows.\n")
+    report.publish("other", FIGURES, options, tmp_path)
+    lines = (tmp_path / "RESULTS.md").read_text().splitlines()
+    assert "| other |" in lines[-3]
+    assert lines[-2:] == ["", "Words about the rows."]
+
+
 def test_quick_run_prints_and_keeps_nothing(tmp_path, capsys):
     report.publish("sample", FIGURES, report.parse_options("", ["--quick"]), tmp_path)
     assert capsys.readouterr().out == "seal 0.8 x (target >= 0.6)\nrows 12,000\n"
