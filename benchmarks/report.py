@@ -2,8 +2,8 @@
 """How a benchmark takes its options and tells its figures.
 
 Every benchmark has `--quick` (seconds, prints only) and `--json` (one JSON object on stdout). A
-full run also replaces `results/NAME.json` and adds one row to the table of `RESULTS.md`, with the command,
-the machine and the date, so that a figure in a README can be traced to a run.
+full run also replaces `results/NAME.json` and adds a row to the table of `RESULTS.md`, with the
+command, the machine and the date, so that a figure in a README can be traced to a run.
 """
 
 from __future__ import annotations
