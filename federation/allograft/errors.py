@@ -638,6 +638,14 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
             "the base model's tensors cannot be listed",
             "Give a local model directory with config.json and safetensors files.",
         ),
+        "AG-PRV-050": ErrorCode(
+            "a privacy plan's constants are out of range",
+            "Let `allograft-site plan new` propose constants for a target epsilon.",
+        ),
+        "AG-PRV-051": ErrorCode(
+            "a privacy plan's constant looks as if it was derived from the data",
+            "Choose public constants of at most three significant digits, before the data is read.",
+        ),
         # --- AG-RCP: recipes, their training data and the stack of attachments ---
         "AG-RCP-001": ErrorCode(
             "no recipe for this kind of packet",
