@@ -598,13 +598,18 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
             "Use one of: open, measured, strict.",
         ),
         "AG-PRV-011": ErrorCode(
-            "the privacy mode is not available yet",
-            "Only open works in this version, and only for public or synthetic data; "
-            "do not donate from private data until strict or measured is available.",
+            "the evidence or the policy does not meet the rules of the privacy mode",
+            "strict needs a signed plan with constants; measured needs two approving roles and "
+            "recipients that are named in the policy.",
         ),
         "AG-PRV-012": ErrorCode(
-            "the open mode lacks a declaration that the data is public or synthetic",
-            "State what the data is (public or synthetic) and which role declares it.",
+            "the declaration that the data is public or synthetic is missing or out of place",
+            "For mode open state what the data is and which role declares it; for private data "
+            "use strict or measured, which take no declaration.",
+        ),
+        "AG-PRV-013": ErrorCode(
+            "a claimed epsilon is smaller than its own constants give",
+            "Do not use the packet; ask its donor how the number came about.",
         ),
         "AG-PRV-020": ErrorCode(
             "a release gate is missing, failed or could not be judged",
@@ -645,6 +650,14 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
         "AG-PRV-051": ErrorCode(
             "a privacy plan's constant looks as if it was derived from the data",
             "Choose public constants of at most three significant digits, before the data is read.",
+        ),
+        "AG-PRV-080": ErrorCode(
+            "the private training step failed its self-test",
+            "Nothing was released. Report it with the versions of torch and transformers.",
+        ),
+        "AG-PRV-081": ErrorCode(
+            "the records do not say whom they are about",
+            "Give every JSONL record the field of the person's id, and name it in the plan.",
         ),
         # --- AG-RCP: recipes, their training data and the stack of attachments ---
         "AG-RCP-001": ErrorCode(

@@ -1,12 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """A donor at the point of release: policy, dossier and approvals that belong together."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 from safetensors.numpy import save_file
 
+from allograft.privacy.claim import PrivacyClaim
 from allograft.privacy.dossier import (
     Approval,
     Dossier,
@@ -16,10 +19,11 @@ from allograft.privacy.dossier import (
     Software,
     approve,
 )
+from allograft.privacy.dp import DpConstants
 from allograft.privacy.egress import AllowedTensor, hash_file
-from allograft.privacy.modes import AdmittedMode, admit_mode, declare
+from allograft.privacy.modes import AdmittedMode, Mode, admit_mode, declare
 from allograft.privacy.policy import Policy, parse_policy
-from allograft.privacy.release import Release, check_release
+from allograft.privacy.release import REQUIRED_GATES, Release, check_release
 
 PACKET = "5" * 32
 TIME = "2026-11-23T08:00:00Z"
@@ -35,6 +39,20 @@ ALLOWED = {
     "blocks.0.a.weight": AllowedTensor((64, 32), 1.0),
     "blocks.0.norm.weight": AllowedTensor((32,), 10.0),
 }
+
+
+STRICT = PrivacyClaim(
+    plan_digest="b" * 64,
+    constants=DpConstants(0.01, 1.0, 500, 0.5, 10.0, 1e-6, 4),
+    epsilon=2.5,
+    epsilon_domain=5.0,
+    filter_order=4.0,
+    noise="chacha20",
+    accountant="dp-accounting 0.6.0 rdp",
+    ledger_head="c" * 64,
+    ledger_entries=4,
+)
+MEASURED = replace(STRICT, constants=None, epsilon=None, epsilon_domain=None, noise="")
 
 
 def passed(name: str) -> GateResult:
@@ -66,6 +84,18 @@ class Desk:
             created=TIME,
         )
         self.approvals = self.approve_all()
+
+    @classmethod
+    def under(cls, mode: str, **fields: object) -> Desk:
+        """A desk for a packet of mode `strict` or `measured`."""
+        policy = parse_policy(POLICY.replace(b'["open"]', b'["strict", "measured"]'))
+        desk = cls(policy=policy, mode=admit_mode(mode, None), **fields)
+        desk.change_dossier(
+            gates=tuple(passed(name) for name in REQUIRED_GATES[Mode(mode)]),
+            privacy=STRICT if mode == "strict" else MEASURED,
+            report_digest="d" * 64,
+        )
+        return desk
 
     def change_dossier(self, **changes: object) -> None:
         """Change the dossier and have it approved again, as a careless donor would."""

@@ -183,10 +183,11 @@ def test_open_needs_a_declaration() -> None:
 
 
 @pytest.mark.parametrize("name", ["strict", "measured"])
-def test_modes_that_do_not_exist_yet_refuse(name: str) -> None:
+def test_no_declaration_stands_for_a_measurement(name: str) -> None:
+    assert admit_mode(name, None).declaration is None
     with pytest.raises(RejectedError) as error:
         admit_mode(name, declare("synthetic", "data-owner"))
-    assert code_of(error) == "AG-PRV-011"
+    assert code_of(error) == "AG-PRV-012"
 
 
 @pytest.mark.parametrize("name", ["", "OPEN", "none", "open "])

@@ -12,12 +12,14 @@ from allograft.crypto import canonical, dsse
 from allograft.crypto.keys import SigningKey
 from allograft.errors import RejectedError
 from allograft.privacy import dossier as dossiers
+from allograft.privacy.claim import PrivacyClaim
 from allograft.privacy.dossier import GateResult, GateVerdict, approve
 from allograft.privacy.modes import AdmittedMode, Mode, admit_mode, declare
 from allograft.privacy.policy import parse_policy
-from allograft.privacy.release import Release
-from kit.releases import POLICY, TIME, Desk, passed
+from allograft.privacy.release import REQUIRED_GATES, Release
+from kit.releases import MEASURED, POLICY, STRICT, TIME, Desk, passed
 
+MODES = POLICY.replace(b'["open"]', b'["strict", "measured"]')
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -135,13 +137,87 @@ def test_refuses_a_dossier_of_another_declaration() -> None:
     assert refusal(desk) == "AG-PRV-030"
 
 
+@pytest.mark.parametrize("mode", ["strict", "measured"])
+def test_releases_under_a_mode_with_its_evidence(mode: str) -> None:
+    assert Desk.under(mode).release().mode is Mode(mode)
+
+
 @pytest.mark.parametrize("mode", [Mode.STRICT, Mode.MEASURED])
-def test_refuses_modes_that_do_not_exist_even_when_forged(mode: Mode) -> None:
-    desk = Desk()
+def test_refuses_a_mode_without_its_evidence(mode: Mode) -> None:
+    desk = Desk.under(str(mode))
+    for changes in (
+        {"privacy": None, "report_digest": ""},
+        {"report_digest": ""},
+        {"privacy": MEASURED if mode is Mode.STRICT else STRICT},
+    ):
+        desk = Desk.under(str(mode))
+        desk.change_dossier(**changes)
+        assert refusal(desk) == "AG-PRV-011"
+
+
+@pytest.mark.parametrize("mode", [Mode.STRICT, Mode.MEASURED])
+def test_refuses_a_protected_mode_that_was_declared_away(mode: Mode) -> None:
+    desk = Desk.under(str(mode))
     forged = AdmittedMode(mode, declare("synthetic", "data-owner"))
     desk.mode = forged
     desk.change_dossier(mode=forged)
+    assert refusal(desk) == "AG-PRV-012"
+
+
+@pytest.mark.parametrize("mode", [Mode.STRICT, Mode.MEASURED])
+def test_every_gate_of_the_mode_must_have_run(mode: Mode) -> None:
+    for name in REQUIRED_GATES[mode]:
+        desk = Desk.under(str(mode))
+        gates = desk.dossier.gates
+        desk.change_dossier(gates=tuple(gate for gate in gates if gate.name != name))
+        assert refusal(desk) == "AG-PRV-020"
+
+
+def test_measured_needs_two_roles_and_named_recipients() -> None:
+    desk = Desk.under("measured")
+    one = MODES.replace(b', "privacy-officer"', b"")
+    desk.policy = parse_policy(one)
+    desk.change_dossier(
+        approvals_required=("data-owner",), conditions_digest=desk.policy.conditions_digest
+    )
     assert refusal(desk) == "AG-PRV-011"
+    desk = Desk.under("measured")
+    desk.policy = parse_policy(MODES.replace(b'["hospital-b", "hospital-d"]', b'["*"]'))
+    assert refusal(desk) == "AG-PRV-011"
+
+
+def test_open_data_carries_no_claim_of_privacy() -> None:
+    desk = Desk()
+    desk.change_dossier(privacy=STRICT, report_digest="d" * 64)
+    assert refusal(desk) == "AG-PRV-011"
+
+
+class TestClaim:
+    def test_survives_being_written(self) -> None:
+        for claim in (STRICT, MEASURED):
+            assert PrivacyClaim.from_json(claim.to_json()) == claim
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"epsilon": None}, {"noise": ""}, {"constants": None}, {"epsilon": -1.0},
+            {"epsilon": 1e9}, {"plan_digest": "b"}, {"accountant": "x\n"},
+            {"constants": None, "epsilon": None, "noise": ""},
+        ],
+    )  # fmt: skip
+    def test_a_contradiction_is_refused(self, changes: dict) -> None:
+        with pytest.raises(RejectedError) as error:
+            PrivacyClaim.from_json(STRICT.to_json() | changes)
+        assert error.value.code == "AG-PRV-030"
+
+    def test_a_false_epsilon_is_refused(self) -> None:
+        STRICT.check(lambda _: 2.5)
+        for found in (2.6, float("inf"), float("nan")):
+            with pytest.raises(RejectedError) as error:
+                STRICT.check(lambda _, found=found: found)
+            assert error.value.code == "AG-PRV-013"
+        with pytest.raises(RejectedError):
+            replace(STRICT, epsilon_domain=1.0).check(lambda _: 2.5)
 
 
 def test_a_role_that_was_not_asked_cannot_approve() -> None:
@@ -168,6 +244,8 @@ def test_a_dossier_and_an_approval_survive_signing() -> None:
     ("path", "value"),
     [
         (("predicate", "mode"), "strict"),
+        (("predicate", "privacy"), {}),
+        (("predicate", "report_digest"), "x"),
         (("predicate", "packet_id"), "5" * 31),
         (("predicate", "gates", 0, "verdict"), "MAYBE"),
         (("predicate", "gates", 0, "extra"), 1),

@@ -19,6 +19,7 @@ from allograft.cli import shell
 #: Group → the module that defines its `app`, and the line that --help shows.
 _GROUPS = {
     "packet": ("allograft.cli.packet", "Inspect, verify, open and lint packets."),
+    "dossier": ("allograft.cli.dossier", "Read the privacy evidence of a packet."),
     "roster": ("allograft.cli.roster", "Keep the roster: enrol and revoke sites, publish."),
     "audit": ("allograft.cli.audit", "Verify an exported log offline, without trusting anyone."),
     "demo": ("allograft.cli.demo.main", "Move one real packet between processes on this machine."),

@@ -122,13 +122,13 @@ class Lint:
 
 
 @dataclass(frozen=True, slots=True)
-class _Checked:
+class CheckedDispatch:
     """A dispatch that was verified, and with a key its attestations."""
 
     verification: Verification
     header: Header
     opener: container.Opener | None = None
-    statement: PacketStatement | None = None
+    manifest: verify.VerifiedManifest | None = None
 
 
 @app.command()
@@ -146,7 +146,7 @@ def verify_command(
     format: FormatOption = Format.text,
 ) -> None:
     """Check signature, audience, time, log proof and files; with a key the attestations too."""
-    checked = _check(directory, roster, key, datetime.now(UTC))
+    checked = check_dispatch(directory, roster, key, datetime.now(UTC))
     emit(checked.verification, format, _render_verification)
 
 
@@ -159,10 +159,11 @@ def open_command(
     format: FormatOption = Format.text,
 ) -> None:
     """Verify everything, then write the payload; a lora becomes a PEFT adapter directory."""
-    checked = _check(directory, roster, key, datetime.now(UTC))
-    statement, opener = checked.statement, checked.opener
-    assert statement is not None  # a key was given
+    checked = check_dispatch(directory, roster, key, datetime.now(UTC))
+    manifest, opener = checked.manifest, checked.opener
+    assert manifest is not None  # a key was given
     assert opener is not None
+    statement = manifest.statement
     config = _render_config(statement)
     container.open_payload(directory, checked.header, statement.kind, statement.parts, opener, out)
     if config:
@@ -185,8 +186,21 @@ def lint(
     emit(found, format, _render_lint)
 
 
-def _check(directory: Path, roster_path: Path, key_path: Path | None, now: datetime) -> _Checked:
-    """The recipient's order, as far as it goes without a model."""
+def check_dispatch(
+    directory: Path, roster_path: Path, key_path: Path | None, now: datetime
+) -> CheckedDispatch:
+    """Verify a sealed dispatch in the recipient's order, as far as it goes without a model.
+
+    Args:
+        directory: The dispatch directory.
+        roster_path: A directory with a roster.
+        key_path: The sealing key of a recipient or auditor; without it the attestations stay
+            sealed.
+        now: The current time (UTC).
+
+    Raises:
+        RejectedError: AG-ROS-*, AG-SIG-*, AG-PRO-*, AG-LOG-*, AG-PKT-* or AG-SEA-*.
+    """
     roster = RosterClient(roster_path).current(now)
     header, header_bytes = container.read_sealed_header(directory)
     opener = _find_opener(header, key_path) if key_path else None
@@ -197,11 +211,11 @@ def _check(directory: Path, roster_path: Path, key_path: Path | None, now: datet
     container.check_closed(directory, header, {DISPATCH_NAME, _EVENT_NAME, _PROOF_NAME})
     description = _describe(header, verified=True)
     if opener is None:
-        return _Checked(Verification(description, place), header)
+        return CheckedDispatch(Verification(description, place), header)
     attestations = container.open_manifest(directory, header, opener)
     manifest = verify.verify_manifest(attestations, verified, roster, now)
     verification = Verification(description, place, _summarise(manifest))
-    return _Checked(verification, header, opener, manifest.statement)
+    return CheckedDispatch(verification, header, opener, manifest)
 
 
 def _find_opener(header: Header, key_path: Path) -> container.Opener:

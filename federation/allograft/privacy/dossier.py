@@ -18,7 +18,8 @@ from allograft.crypto import canonical, dsse
 from allograft.crypto.keys import VerifyKey
 from allograft.errors import RejectedError
 from allograft.limits import LIMITS
-from allograft.privacy.modes import AdmittedMode, admit_mode, declare
+from allograft.privacy.claim import PrivacyClaim
+from allograft.privacy.modes import AdmittedMode, Declaration, Mode, admit_mode, declare
 
 STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
 DOSSIER_TYPE = "urn:allograft:dossier:v1"
@@ -92,6 +93,8 @@ class Dossier:
         approvals_required: Roles that must approve before release.
         software: Programs that built and judged the packet.
         created: When (UTC, whole seconds).
+        privacy: What was planned and spent; None in mode `open`.
+        report_digest: SHA-256 (hex) of the full report, which stays at the site; empty in `open`.
     """
 
     packet_id: str
@@ -104,6 +107,8 @@ class Dossier:
     approvals_required: tuple[str, ...]
     software: tuple[Software, ...]
     created: str
+    privacy: PrivacyClaim | None = None
+    report_digest: str = ""
 
     def to_statement(self) -> bytes:
         """The canonical in-toto statement, ready to be signed."""
@@ -116,10 +121,7 @@ class Dossier:
                     "packet_id": self.packet_id,
                     "kind": self.kind,
                     "mode": str(self.mode.mode),
-                    "declaration": {
-                        "nature": str(self.mode.declaration.nature),
-                        "declared_by": self.mode.declaration.declared_by,
-                    },
+                    "declaration": _write_declaration(self.mode.declaration),
                     "parts": [{"name": p.name, "bytes": p.size_bytes} for p in self.parts],
                     "gates": [_write_gate(gate) for gate in self.gates],
                     "policy_digest": self.policy_digest,
@@ -130,6 +132,8 @@ class Dossier:
                         for s in self.software
                     ],
                     "created": self.created,
+                    "privacy": None if self.privacy is None else self.privacy.to_json(),
+                    "report_digest": self.report_digest,
                 },
             }
         )
@@ -209,7 +213,8 @@ def read_dossier(statement: bytes) -> Dossier:
     """Read a dossier statement whose signature was verified or that this site made itself.
 
     Raises:
-        RejectedError: AG-PRV-030 if malformed; AG-PRV-01x if its mode is not admissible.
+        RejectedError: AG-PRV-030 if malformed; AG-PRV-010 to -012 if its mode is not admissible or
+            lacks its evidence.
     """
     try:
         subjects, fields = _read_statement(
@@ -217,17 +222,17 @@ def read_dossier(statement: bytes) -> Dossier:
             DOSSIER_TYPE,
             {
                 "packet_id", "kind", "mode", "declaration", "parts", "gates", "policy_digest",
-                "conditions_digest", "approvals_required", "software", "created",
+                "conditions_digest", "approvals_required", "software", "created", "privacy",
+                "report_digest",
             },
         )  # fmt: skip
-        declaration = canonical.as_object(fields["declaration"], {"nature", "declared_by"})
-        declared = declare(
-            canonical.as_text(declaration["nature"]), canonical.as_text(declaration["declared_by"])
-        )
-        return Dossier(
+        declared = _read_declaration(fields["declaration"])
+        mode = admit_mode(canonical.as_text(fields["mode"]), declared)
+        given, report = fields["privacy"], fields["report_digest"]
+        dossier = Dossier(
             packet_id=_text(fields["packet_id"], _HEX32),
             kind=_text(fields["kind"], _NAME),
-            mode=admit_mode(canonical.as_text(fields["mode"]), declared),
+            mode=mode,
             parts=_read_parts(subjects, fields["parts"]),
             gates=tuple(_read_gate(entry) for entry in _bounded(fields["gates"])),
             policy_digest=_text(fields["policy_digest"], _SHA256),
@@ -239,9 +244,26 @@ def read_dossier(statement: bytes) -> Dossier:
             created=canonical.format_time(
                 canonical.parse_time(canonical.as_text(fields["created"]))
             ),
+            privacy=None if given is None else PrivacyClaim.from_json(given),
+            report_digest="" if report == "" else _text(report, _SHA256),
         )
     except RejectedError as error:
         raise _as_dossier_error(error) from error
+    check_evidence(dossier)
+    return dossier
+
+
+def check_evidence(dossier: Dossier) -> None:
+    """Refuse a dossier without what its mode rests on.
+
+    Raises:
+        RejectedError: AG-PRV-011.
+    """
+    mode, claim = dossier.mode.mode, dossier.privacy
+    if (claim is None) != (mode is Mode.OPEN) or bool(dossier.report_digest) == (claim is None):
+        raise RejectedError("AG-PRV-011", f"the dossier has not the evidence of mode {mode}")
+    if claim is not None and (claim.constants is None) == (mode is Mode.STRICT):
+        raise RejectedError("AG-PRV-011", f"the plan is not one of mode {mode}")
 
 
 def read_approval(statement: bytes) -> Approval:
@@ -273,6 +295,19 @@ def _as_dossier_error(error: RejectedError) -> RejectedError:
 
 def _subjects(parts: Sequence[PayloadPart]) -> list[canonical.Json]:
     return [{"name": part.name, "digest": {"sha256": part.sha256}} for part in parts]
+
+
+def _write_declaration(declaration: Declaration | None) -> canonical.Json:
+    if declaration is None:
+        return None
+    return {"nature": str(declaration.nature), "declared_by": declaration.declared_by}
+
+
+def _read_declaration(value: canonical.Json) -> Declaration | None:
+    if value is None:
+        return None
+    fields = canonical.as_object(value, {"nature", "declared_by"})
+    return declare(canonical.as_text(fields["nature"]), canonical.as_text(fields["declared_by"]))
 
 
 def _write_gate(gate: GateResult) -> dict[str, canonical.Json]:

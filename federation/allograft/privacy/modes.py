@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Privacy modes: what is promised about the data that a packet learnt from.
 
-Only `open` exists so far. It promises nothing about privacy: it is for data that somebody, by
-role, declares to be public or synthetic, and that declaration travels in the signed dossier.
-`strict` (differential privacy) and `measured` (audits) are names that refuse, never names that
-fall back to something weaker.
+`open` promises nothing about privacy: it is for data that somebody, by role, declares to be public
+or synthetic, and that declaration travels in the signed dossier. `measured` promises that audits
+of leakage ran and found no more than the policy allows, which bounds nothing. `strict` promises
+differential privacy for every person. A mode whose needs are not met refuses; none falls back to
+something weaker.
 """
 
 from __future__ import annotations
@@ -48,10 +49,13 @@ class Declaration:
 
 @dataclass(frozen=True, slots=True)
 class AdmittedMode:
-    """A mode that was checked together with what it needs; made by `admit_mode`."""
+    """A mode that was checked together with what it needs; made by `admit_mode`.
+
+    Only `open` has a declaration: nothing that a person declares could stand for a measurement.
+    """
 
     mode: Mode
-    declaration: Declaration
+    declaration: Declaration | None
 
 
 def declare(nature: str, declared_by: str) -> Declaration:
@@ -71,14 +75,16 @@ def admit_mode(name: str, declaration: Declaration | None) -> AdmittedMode:
     """Check that a packet can be made under a mode.
 
     Raises:
-        RejectedError: AG-PRV-010 unknown mode, AG-PRV-011 not available yet, AG-PRV-012 the
-            declaration that `open` needs is missing.
+        RejectedError: AG-PRV-010 unknown mode, AG-PRV-012 a declaration is missing where `open`
+            needs it, or given for another mode.
     """
     if name not in tuple(Mode):
         raise RejectedError("AG-PRV-010", "the mode is none of open, measured, strict")
     mode = Mode(name)
     if mode is not Mode.OPEN:
-        raise RejectedError("AG-PRV-011", f"mode {mode} is not available in this version")
+        if declaration is not None:
+            raise RejectedError("AG-PRV-012", f"mode {mode} is for data that needs protection")
+        return AdmittedMode(mode, None)
     if declaration is None:
         raise RejectedError("AG-PRV-012", "nobody declared the data public or synthetic")
     return AdmittedMode(mode, declare(declaration.nature, declaration.declared_by))

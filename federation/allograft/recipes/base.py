@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from allograft.crypto import canonical
 from allograft.errors import RejectedError
+from allograft.privacy.dp import DpConstants
 from allograft.recipes.plan import LoopPlan, Step
 
 if TYPE_CHECKING:
@@ -156,10 +157,18 @@ class LoraPlan:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How to train: one kind's choices and the loop's."""
+    """How to train: one kind's choices, the loop's, and the constants of a private run."""
 
     recipe: OrganPlan | LoraPlan
     loop: LoopPlan
+    private: DpConstants | None = None
+
+    def passes(self, windows: int) -> float:
+        """How often each of so many windows is seen, on average."""
+        if self.private is not None:
+            return self.private.steps * self.private.sampling_rate
+        seen = self.loop.steps * self.loop.batch_windows * self.loop.accumulation
+        return seen / max(1, windows)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,9 +12,10 @@ import json
 import random
 import re
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from allograft.errors import RejectedError
 
@@ -30,11 +31,13 @@ class Document:
     """One unit of text: one patient letter, one answer, one contract.
 
     `prompt` is the question's part where there is one. It is trained on like the rest; it is kept
-    apart because answers repeat under different questions.
+    apart because answers repeat under different questions. `person` is the id of whom it is about,
+    where the reader was asked for it.
     """
 
     body: str
     prompt: str = ""
+    person: str = ""
 
     @property
     def text(self) -> str:
@@ -42,21 +45,29 @@ class Document:
         return f"{self.prompt}\n{self.body}" if self.prompt else self.body
 
 
-def read_documents(path: Path) -> list[Document]:
+def read_documents(path: Path, person_field: str = "") -> list[Document]:
     """Read a text file into documents, dropping empty ones.
 
     `.jsonl` holds one JSON object per line with `text`, `prompt`+`completion` or
     `question`+`answer`. Any other file is plain text: documents are separated by `<|endoftext|>`
     where that occurs, and by blank lines otherwise. Either may be gzip-compressed (`.gz`).
 
+    Args:
+        path: The file.
+        person_field: Name of the JSONL field that holds a person's id; every record must have it.
+
     Raises:
-        RejectedError: AG-RCP-031 if unreadable, AG-RCP-030 if nothing is in it.
+        RejectedError: AG-RCP-031 if unreadable, AG-RCP-030 if nothing is in it, AG-PRV-081 if a
+            record does not say whom it is about.
     """
     text = _read_text(path)
     stem = path.name.removesuffix(".gz")
     if stem.endswith(".jsonl"):
-        found = [_read_record(number, line) for number, line in enumerate(text.split("\n"), 1)]
+        lines = enumerate(text.split("\n"), 1)
+        found = [_read_record(number, line, person_field) for number, line in lines]
         documents = [document for document in found if document is not None]
+    elif person_field:
+        raise RejectedError("AG-PRV-081", "plain text does not say whom it is about")
     else:
         cuts = text.split(_SEPARATOR) if _SEPARATOR in text else re.split(r"\n\s*\n", text)
         documents = [Document(cut.strip()) for cut in cuts]
@@ -78,7 +89,7 @@ def _read_text(path: Path) -> str:
         raise RejectedError("AG-RCP-031", f"cannot read it: {type(error).__name__}") from error
 
 
-def _read_record(number: int, line: str) -> Document | None:
+def _read_record(number: int, line: str, person_field: str) -> Document | None:
     if not line.strip():
         return None
     try:
@@ -87,12 +98,29 @@ def _read_record(number: int, line: str) -> Document | None:
         raise RejectedError("AG-RCP-031", f"line {number} is not JSON") from error
     if not isinstance(record, dict):
         raise RejectedError("AG-RCP-031", f"line {number} is not a JSON object")
+    person = _read_person(number, record, person_field) if person_field else ""
     if isinstance(record.get("text"), str):
-        return Document(record["text"])
+        return Document(record["text"], person=person)
     for first, second in _PAIRS:
         if isinstance(record.get(first), str) and isinstance(record.get(second), str):
-            return Document(record[second], record[first])
+            return Document(record[second], record[first], person)
     raise RejectedError("AG-RCP-031", f"line {number} has none of the known text fields")
+
+
+def _read_person(number: int, record: Mapping[str, Any], field: str) -> str:
+    person = record.get(field)
+    # Numbers are ids too; a missing one must not make everybody the same person.
+    if isinstance(person, bool) or not isinstance(person, str | int) or not str(person).strip():
+        raise RejectedError("AG-PRV-081", f"line {number} has no person's id in {field[:40]!a}")
+    return str(person).strip()
+
+
+def group_persons(documents: Sequence[Document]) -> dict[str, list[Document]]:
+    """The documents of each person, persons in the order of their first document."""
+    persons: dict[str, list[Document]] = {}
+    for document in documents:
+        persons.setdefault(document.person, []).append(document)
+    return persons
 
 
 def drop_near_duplicates(documents: Sequence[Document]) -> list[Document]:

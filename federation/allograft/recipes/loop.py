@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,8 @@ from torch.nn import functional
 
 from allograft.crypto import canonical
 from allograft.errors import RejectedError
+from allograft.privacy.dp import DpConstants
+from allograft.privacy.train import PrivateGradient, check_step
 from allograft.recipes.plan import LoopPlan, Step
 from allograft.recipes.resume import load_training, save_training
 from allograft.recipes.windows import Windows
@@ -47,6 +49,7 @@ def train(
     windows: Windows,
     plan: LoopPlan,
     *,
+    private: DpConstants | None = None,
     hasten: Mapping[str, float] | None = None,
     snapshot: Path | None = None,
     progress: Callable[[Step], None] | None = None,
@@ -58,30 +61,63 @@ def train(
         parameters: All that may change; nothing else receives an update.
         windows: The training text.
         plan: Steps, rates, seed.
+        private: Constants of differentially private training; `windows.documents` then tells
+            persons apart. Batches, clipping and noise follow them, and a resumed run draws anew.
         hasten: Factors on the learning rate of some parameters.
         snapshot: Where to keep resumable state; loaded first if it exists.
         progress: Called after every step.
 
     Raises:
         RejectedError: AG-RCP-030 without data, AG-RCP-033 if the run diverges, AG-RCP-034 if the
-            snapshot belongs to another run, AG-RCP-035 for a plan out of range.
+            snapshot belongs to another run, AG-RCP-035 for a plan out of range, AG-PRV-080 if the
+            private step fails its self-test.
     """
     plan.check()
     if len(windows) == 0:
         raise RejectedError("AG-RCP-030", "there is nothing to train on")
     values = list(parameters.values())
-    device = values[0].device
     optimizer = torch.optim.AdamW(_groups(parameters, plan, hasten or {}), betas=(0.9, 0.99))
     names = {name: (hasten or {}).get(name, 1.0) for name in parameters}
     identity = {"plan": asdict(plan), "data": windows.digest(), "names": names}
+    if private is not None:
+        identity["private"] = private.to_json()
     run = hashlib.sha256(canonical.dumps(identity)).hexdigest()
     losses: list[float] = []
     if snapshot is not None and snapshot.exists():
         losses = load_training(snapshot, run, parameters, optimizer)
+    fill = (
+        _plain_steps(forward, values, windows, plan)
+        if private is None
+        else _private_steps(forward, values, windows, plan, private)
+    )
     first, began, saved = len(losses), time.monotonic(), time.monotonic()
     for step in range(first, plan.steps):
         for group in optimizer.param_groups:
             group["lr"] = plan.rate(step) * group["factor"]
+        loss, tokens = fill(step)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(loss)
+        due = time.monotonic() - saved >= plan.snapshot_s or step + 1 == plan.steps
+        if snapshot is not None and due:
+            save_training(snapshot, run, parameters, optimizer, losses)
+            saved = time.monotonic()
+        if progress is not None:
+            progress(Step(step + 1, plan.steps, loss, tokens))
+    return Training(tuple(losses), first, time.monotonic() - began)
+
+
+#: Sets the gradients of a step; returns the loss in nats per token, and how many tokens it saw.
+_Fill = Callable[[int], tuple[float, int]]
+
+
+def _plain_steps(
+    forward: Forward, parameters: Sequence[torch.nn.Parameter], windows: Windows, plan: LoopPlan
+) -> _Fill:
+    """Steps on batches that follow from the seed."""
+    device = parameters[0].device
+
+    def fill(step: int) -> tuple[float, int]:
         numbers = _draw(step, plan, len(windows))
         targets = int((windows.lengths[numbers] - 1).sum())
         total = 0.0
@@ -93,19 +129,49 @@ def train(
             loss = token_losses(logits, tokens, windows.lengths[batch]).sum() / targets
             torch.autograd.backward(loss)
             total += float(loss.detach())
-        norm = torch.nn.utils.clip_grad_norm_(values, plan.clip_norm)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, plan.clip_norm)
         if not math.isfinite(total) or not math.isfinite(float(norm)):
             raise RejectedError("AG-RCP-033", f"loss or gradient not finite at step {step + 1}")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(total)
-        due = time.monotonic() - saved >= plan.snapshot_s or step + 1 == plan.steps
-        if snapshot is not None and due:
-            save_training(snapshot, run, parameters, optimizer, losses)
-            saved = time.monotonic()
-        if progress is not None:
-            progress(Step(step + 1, plan.steps, total, targets))
-    return Training(tuple(losses), first, time.monotonic() - began)
+        return total, targets
+
+    return fill
+
+
+def _private_steps(
+    forward: Forward,
+    parameters: Sequence[torch.nn.Parameter],
+    windows: Windows,
+    plan: LoopPlan,
+    constants: DpConstants,
+) -> _Fill:
+    """Steps on persons drawn by chance, after a self-test; see `privacy.train`."""
+    if plan.steps != constants.steps:
+        raise RejectedError("AG-RCP-035", "the loop has other steps than the privacy plan")
+    device = parameters[0].device
+    owners = sorted(set(windows.documents.tolist()))
+    most = constants.windows_per_person
+    of_person = [torch.nonzero(windows.documents == owner)[:most, 0] for owner in owners]
+
+    def loss_of(person: int) -> torch.Tensor:
+        numbers = of_person[person]
+        lengths = windows.lengths[numbers]
+        # Most persons fill no whole window: padding is not computed.
+        tokens = windows.tokens[numbers, : int(lengths.max())].to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            logits = forward(numbers, tokens)
+        return token_losses(logits, tokens, lengths).sum() / (lengths - 1).sum().to(device)
+
+    check_step(parameters, constants, len(of_person), loss_of)
+    gradient = PrivateGradient(parameters, constants, len(of_person), loss_of)
+    told = 0.0
+
+    def fill(_step: int) -> tuple[float, int]:
+        nonlocal told
+        loss = gradient.fill()
+        told = loss if math.isfinite(loss) else told  # nobody was drawn
+        return told, 0
+
+    return fill
 
 
 def token_losses(logits: torch.Tensor, tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

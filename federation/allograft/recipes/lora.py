@@ -91,7 +91,7 @@ class LoraRecipe:
         """
         facts = _plan_facts(donor.model, plan.recipe)
         with _adapted(donor.model, facts, plan.loop) as (parameters, names):
-            report = _train_adapter(donor, plan.loop, parameters)
+            report = _train_adapter(donor, plan, parameters)
             tensors = {
                 names[name]: value.detach().to("cpu", DTYPES[facts.dtype]).contiguous()
                 for name, value in parameters.items()
@@ -252,7 +252,7 @@ def _adapted(
 
 
 def _train_adapter(
-    donor: Donor, plan: LoopPlan, parameters: Mapping[str, nn.Parameter]
+    donor: Donor, plan: Plan, parameters: Mapping[str, nn.Parameter]
 ) -> dict[str, canonical.Json]:
     def forward(_numbers: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = donor.model(input_ids=tokens, use_cache=False).logits
@@ -260,7 +260,13 @@ def _train_adapter(
 
     snapshot = donor.workdir / SNAPSHOT
     training = train(
-        forward, parameters, donor.windows, plan, snapshot=snapshot, progress=donor.progress
+        forward,
+        parameters,
+        donor.windows,
+        plan.loop,
+        private=plan.private,
+        snapshot=snapshot,
+        progress=donor.progress,
     )
     return {
         "trainable_parameters": sum(value.numel() for value in parameters.values()),

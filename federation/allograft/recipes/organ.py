@@ -89,7 +89,7 @@ class OrganRecipe:
         """
         facts = _plan_facts(donor.model, plan.recipe)
         with _growing(donor.model, facts, plan.loop) as organ:
-            report = _train_organ(donor, facts, plan.loop, organ)
+            report = _train_organ(donor, facts, plan, organ)
             tensors = {
                 f"blocks.{number}.{name}": value.detach().to("cpu", DTYPES[facts.dtype])
                 for number, block in enumerate(organ)
@@ -208,14 +208,14 @@ def _growing(
 
 
 def _train_organ(
-    donor: Donor, facts: OrganFacts, plan: LoopPlan, organ: list[nn.Module]
+    donor: Donor, facts: OrganFacts, plan: Plan, organ: list[nn.Module]
 ) -> dict[str, canonical.Json]:
     parameters = {
         f"{number}.{name}": value
         for number, block in enumerate(organ)
         for name, value in block.named_parameters()
     }
-    passes = plan.steps * plan.batch_windows * plan.accumulation / max(1, len(donor.windows))
+    passes = plan.passes(len(donor.windows))
     budget = CacheBudget(donor.ram_bytes, donor.disk_bytes)
     choice = choose_prefix(donor.model, facts.position, donor.windows, passes, budget)
     with replayed_prefix(
@@ -232,7 +232,8 @@ def _train_organ(
             forward,
             parameters,
             donor.windows,
-            plan,
+            plan.loop,
+            private=plan.private,
             hasten=_hastened(donor.model, organ),
             snapshot=snapshot,
             progress=donor.progress,

@@ -90,9 +90,9 @@ class Replay(nn.Module):
         self.current: torch.Tensor | None = None
 
     def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
-        """Ignore the input, which is the embedding, and return the selected batch."""
+        """Ignore the input, the embedding, but for its length; return the selected batch."""
         assert self.current is not None
-        return self.current.to(hidden_states.device)
+        return self.current[:, : hidden_states.shape[1]].to(hidden_states.device)
 
 
 @contextlib.contextmanager

@@ -39,10 +39,11 @@ class Windows:
         return int(self.tokens.shape[0])
 
     def digest(self) -> str:
-        """SHA-256 over all tokens and lengths."""
+        """SHA-256 over all tokens, their lengths and whose they are."""
         whole = hashlib.sha256(repr(tuple(self.tokens.shape)).encode())
         whole.update(self.tokens.contiguous().numpy().tobytes())
         whole.update(self.lengths.contiguous().numpy().tobytes())
+        whole.update(self.documents.contiguous().numpy().tobytes())
         return whole.hexdigest()
 
 
@@ -76,6 +77,47 @@ def make_windows(
     if stream:
         rows.append(stream)
         owners.append(len(documents) - 1)
+    text_bytes = sum(len(document.text.encode()) for document in documents)
+    return _as_windows(rows, owners, length, text_bytes)
+
+
+def make_person_windows(
+    persons: Sequence[Sequence[Document]], tokenizer: Any, length: int, most: int
+) -> Windows:
+    """Cut each person's documents, laid end to end, into windows that hold nobody else's text.
+
+    Args:
+        persons: The documents of each person.
+        tokenizer: A transformers tokenizer.
+        length: Tokens per window, at least 2.
+        most: Windows per person; what is beyond is not used.
+
+    Returns:
+        Windows whose `documents` count persons.
+
+    Raises:
+        RejectedError: AG-RCP-030 if no window results, AG-RCP-035 for a length below 2.
+    """
+    if length < 2:
+        raise RejectedError("AG-RCP-035", "a window needs at least two tokens")
+    rows: list[list[int]] = []
+    owners: list[int] = []
+    for number, documents in enumerate(persons):
+        stream: list[int] = []
+        for document in documents:
+            stream += _tokenize(document.text, tokenizer)
+            if len(stream) >= most * length:
+                break
+        cuts = [stream[start : start + length] for start in range(0, len(stream), length)]
+        rows += cuts[:most]
+        owners += [number] * len(cuts[:most])
+    text_bytes = sum(len(d.text.encode()) for documents in persons for d in documents)
+    return _as_windows(rows, owners, length, text_bytes)
+
+
+def _as_windows(
+    rows: Sequence[Sequence[int]], owners: Sequence[int], length: int, text_bytes: int
+) -> Windows:
     usable = [(row, owner) for row, owner in zip(rows, owners, strict=True) if len(row) >= 2]
     if not usable:
         raise RejectedError("AG-RCP-030", "the documents are too short for a single window")
@@ -86,7 +128,7 @@ def make_windows(
         tokens=tokens,
         lengths=torch.tensor([len(row) for row, _ in usable]),
         documents=torch.tensor([owner for _, owner in usable]),
-        text_bytes=sum(len(document.text.encode()) for document in documents),
+        text_bytes=text_bytes,
     )
 
 
