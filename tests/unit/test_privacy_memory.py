@@ -89,7 +89,7 @@ class Experiment:
 
 def fit(model: torch.nn.Module, tokenizer, texts: list[str], steps: int, rate: float) -> None:
     windows = make_windows([Document(text) for text in texts], tokenizer, 96)
-    plan = LoopPlan(steps=steps, batch_windows=32, learning_rate=rate, warmup_steps=5)
+    plan = LoopPlan(steps=steps, batch_windows=16, learning_rate=rate, warmup_steps=5)
     model.train()
     train(
         lambda _, tokens: model(input_ids=tokens).logits,
@@ -100,12 +100,16 @@ def fit(model: torch.nn.Module, tokenizer, texts: list[str], steps: int, rate: f
     model.eval()
 
 
-STEPS = 100
+STEPS = 110
 
 RULES = replace(
-    AuditThresholds(), canaries_min=120, membership_min_persons=30, membership_fpr=0.05,
+    AuditThresholds(),
+    canaries_min=120,
+    exposure_min_references=50,
+    membership_min_persons=30,
+    membership_fpr=0.05,
     blind_max_auc=0.75,  # of so few persons it has a wide spread
-)  # fmt: skip
+)
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +123,7 @@ def experiment() -> Experiment:
     texts = {person: [note(draw, name)] for person, name in names.items()}
     split = split_persons(texts, 0.5, draw)
     plan = CanaryPlan(
-        coins=120, repeats=(1, 8), references=100, prefix_words=8, suffix_words=8, body_sentences=2
+        coins=120, repeats=(1, 8), references=50, prefix_words=8, suffix_words=8, body_sentences=2
     )
     planted, record = make_canaries(public, plan, draw)
     shape = {
@@ -127,11 +131,11 @@ def experiment() -> Experiment:
         "num_hidden_layers": 2, "max_position_embeddings": 192,
     }  # fmt: skip
     base = tiny_model("llama", **shape)
-    fit(base, tokenizer, public, 60, 5e-3)
+    fit(base, tokenizer, public, 80, 5e-3)
     donated = tiny_model("llama", **shape)
     donated.load_state_dict(base.state_dict())
     private = [text for person in split.train for text in texts[person]]
-    fit(donated, tokenizer, private + [d.text for d in planted], STEPS, 5e-3)
+    fit(donated, tokenizer, private + [d.text for d in planted], STEPS, 8e-3)
     return Experiment(
         tokenizer, base, donated, record,
         {person: texts[person] for person in split.train},
@@ -231,6 +235,16 @@ class TestReading:
         together = suffix_logs(experiment.base, experiment.tokenizer, pairs)
         alone = [suffix_logs(experiment.base, experiment.tokenizer, [p])[0] for p in pairs]
         assert np.allclose(together, alone, atol=1e-4)
+        few = suffix_logs(experiment.base, experiment.tokenizer, pairs, batch_tokens=20)
+        assert np.allclose(together, few, atol=1e-4)
+
+    def test_a_prompt_beyond_the_context_loses_its_beginning(self, experiment: Experiment) -> None:
+        ending = (" and fever" * 60, " for 3 days")
+        longer = ("The patient came" + " and fever" * 300, " for 3 days")
+        logs = suffix_logs(experiment.base, experiment.tokenizer, [ending, longer])
+        assert logs[0] == pytest.approx(logs[1], abs=2.0)
+        with pytest.raises(RejectedError, match="AG-EVA-001"):
+            suffix_logs(experiment.base, experiment.tokenizer, [("The", " cough" * 300)])
 
     def test_top_k_renormalises_and_forbids_the_rest(self, experiment: Experiment) -> None:
         pair = [("The patient", " came with cough")]

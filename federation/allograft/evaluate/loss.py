@@ -63,7 +63,7 @@ def prepare(
         RejectedError: AG-EVA-001 if a document has fewer than two tokens.
     """
     scoring = scoring or Scoring()
-    limit = min(scoring.window_tokens, _context(model))
+    limit = min(scoring.window_tokens, context_tokens(model))
     windows: list[_Window] = []
     counts = []
     for number, text in enumerate(texts):
@@ -80,7 +80,8 @@ def prepare(
     return Prepared(batches, tuple(counts), tuple(len(text.encode("utf-8")) for text in texts))
 
 
-def _context(model: Any) -> int:
+def context_tokens(model: Any) -> int:
+    """How many tokens the model can see at once."""
     return max(int(getattr(model.config, "max_position_embeddings", 1 << 30)), 2)
 
 
@@ -107,7 +108,7 @@ def measure(model: Any, prepared: Prepared) -> Losses:
         RejectedError: AG-EVA-002 if a loss is not a finite number.
     """
     nats = np.zeros(len(prepared.tokens), dtype=np.float64)
-    with _evaluating(model):
+    with evaluating(model):
         for batch in prepared.batches:
             for window, value in zip(batch, _batch_nats(model, batch), strict=True):
                 nats[window.document] += value
@@ -131,7 +132,7 @@ def measure_tokens(model: Any, prepared: Prepared) -> tuple[npt.NDArray[np.float
         RejectedError: AG-EVA-002 if a loss is not a finite number.
     """
     nats = tuple(np.zeros(count, dtype=np.float64) for count in prepared.tokens)
-    with _evaluating(model):
+    with evaluating(model):
         for batch in prepared.batches:
             losses = _batch_losses(model, batch).cpu().numpy()
             for window, row in zip(batch, losses, strict=True):
@@ -153,7 +154,8 @@ def predicted_tokens(prepared: Prepared) -> tuple[npt.NDArray[np.int64], ...]:
 
 
 @contextlib.contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def evaluating(model: Any) -> Iterator[None]:
+    """Put a model into evaluation mode, and back afterwards."""
     was_training = model.training
     model.eval()
     try:

@@ -22,6 +22,8 @@ from allograft.errors import RejectedError
 from allograft.evaluate.bootstrap import Losses
 from allograft.evaluate.loss import (
     Scoring,
+    context_tokens,
+    evaluating,
     measure,
     measure_tokens,
     pad_batch,
@@ -181,7 +183,7 @@ def suffix_logs(
     pairs: Sequence[tuple[str, str]],
     *,
     top_k: int = 0,
-    batch_rows: int = 32,
+    batch_tokens: int = 8192,
 ) -> Numbers:
     """Natural log of the probability of each suffix after its prompt, by teacher forcing [pairs].
 
@@ -194,35 +196,34 @@ def suffix_logs(
         pairs: Prompts and suffixes as text that follows each other.
         top_k: Sample from the k likeliest tokens only, renormalised; 0 for all. A suffix with a
             token outside them has -inf.
-        batch_rows: Pairs per forward pass.
+        batch_tokens: Tokens per forward pass, padding included.
 
     Raises:
-        RejectedError: AG-EVA-001 if a pair has fewer than two tokens, AG-EVA-002 if the model's
-            output is not finite.
+        RejectedError: AG-EVA-001 if a pair has fewer than two tokens or a suffix is longer than
+            the model sees, AG-EVA-002 if the model's output is not finite.
     """
-    rows = [_split_pair(tokenizer, prompt, suffix) for prompt, suffix in pairs]
+    limit = context_tokens(model)
+    rows = [_split_pair(tokenizer, prompt, suffix, limit) for prompt, suffix in pairs]
     logs = np.zeros(len(rows), dtype=np.float64)
     order = sorted(range(len(rows)), key=lambda index: len(rows[index][0]))
-    was_training = model.training
-    model.eval()
-    try:
-        for at in range(0, len(order), batch_rows):
-            batch = order[at : at + batch_rows]
+    with evaluating(model):
+        while order:
+            # The longest of those left decides how many fit.
+            size = max(batch_tokens // len(rows[order[-1]][0]), 1)
+            batch, order = order[-size:], order[:-size]
             ids, mask = pad_batch([rows[index][0] for index in batch], model.device)
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
             chances = _log_chances(logits.float(), ids[:, 1:], top_k)
-            for index, row, kept in zip(batch, chances, mask[:, 1:], strict=True):
-                begin = rows[index][1] - 1
-                logs[index] = float(row[begin : int(kept.sum())].sum())
-    finally:
-        model.train(was_training)
+            for index, row in zip(batch, chances, strict=True):
+                tokens, begin = rows[index]
+                logs[index] = float(row[begin - 1 : len(tokens) - 1].sum())
     if np.isnan(logs).any():
         raise RejectedError("AG-EVA-002", "a suffix has no probability")
     return logs
 
 
-def _split_pair(tokenizer: Any, prompt: str, suffix: str) -> tuple[list[int], int]:
-    """Tokens of a pair and where its suffix begins, at least 1."""
+def _split_pair(tokenizer: Any, prompt: str, suffix: str, limit: int) -> tuple[Sequence[int], int]:
+    """Tokens of a pair, cut at their start to fit, and where the suffix begins, at least 1."""
     whole = list(tokenizer.encode(prompt + suffix, verbose=False))
     if len(whole) < 2:
         raise RejectedError("AG-EVA-001", "a prompt with its suffix has fewer than two tokens")
@@ -231,7 +232,11 @@ def _split_pair(tokenizer: Any, prompt: str, suffix: str) -> tuple[list[int], in
         if left != right:
             break
         begin += 1
-    return whole, min(max(begin, 1), len(whole) - 1)
+    begin = min(max(begin, 1), len(whole) - 1)
+    cut = max(len(whole) - limit, 0)
+    if cut >= begin:
+        raise RejectedError("AG-EVA-001", "a suffix is longer than the model can see")
+    return whole[cut:], begin - cut
 
 
 def _log_chances(logits: torch.Tensor, labels: torch.Tensor, top_k: int) -> torch.Tensor:
@@ -273,7 +278,8 @@ def read_canaries(
         for canary in record.repeated
         for secret in (canary.suffix, *canary.alternatives)
     ]
-    logs = suffix_logs(model, tokenizer, pairs)
+    batch_tokens = (scoring or Scoring()).batch_tokens
+    logs = suffix_logs(model, tokenizer, pairs, batch_tokens=batch_tokens)
     sizes = [1 + len(canary.alternatives) for canary in record.repeated]
     return CanaryReading(coins, tuple(np.split(logs, np.cumsum(sizes)[:-1])) if sizes else ())
 

@@ -200,7 +200,7 @@ def recognise(members: Scores, others: Scores, fpr: float, confidence: float = 0
 
     The threshold is the score of the others that exactly k lie above, k fixed beforehand. So the
     exact interval of k in n covers its true false-positive rate, and given the threshold, members
-    are independent draws.
+    count as independent draws. Those of one run share a model: an approximation, no theorem.
     """
     accused = int(fpr * len(others))
     threshold = np.sort(others)[::-1][accused] if accused < len(others) else -np.inf
