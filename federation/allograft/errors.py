@@ -651,6 +651,30 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
             "a privacy plan's constant looks as if it was derived from the data",
             "Choose public constants of at most three significant digits, before the data is read.",
         ),
+        "AG-PRV-075": ErrorCode(
+            "an audit shows that a model tells about the people it was trained on",
+            "Train again with fewer steps, a lower rate or differential privacy; duplicated "
+            "records are the usual cause.",
+        ),
+        "AG-PRV-076": ErrorCode(
+            "an audit's canaries were learnt",
+            "Without differential privacy train less; with it, the claimed epsilon is refuted: "
+            "report it, and donate nothing from that build.",
+        ),
+        "AG-PRV-077": ErrorCode(
+            "a claimed epsilon does not follow from its plan, or is too large",
+            "Compute it again with `allograft-site plan new`, or plan more noise or fewer steps.",
+        ),
+        "AG-PRV-078": ErrorCode(
+            "too few people are behind a packet",
+            "Pool data with other sites or donate nothing; the minimum is not to be lowered for "
+            "one packet.",
+        ),
+        "AG-PRV-079": ErrorCode(
+            "an audit has too little to judge by, so it could not have failed",
+            "Plant more canaries, hold more people out or give more public text, then train "
+            "again; such an audit never counts as passed.",
+        ),
         "AG-PRV-080": ErrorCode(
             "the private training step failed its self-test",
             "Nothing was released. Report it with the versions of torch and transformers.",

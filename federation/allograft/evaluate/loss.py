@@ -8,11 +8,13 @@ and a restored model gives bit-equal results on the same device.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from allograft.errors import RejectedError
@@ -36,6 +38,7 @@ class Scoring:
 @dataclass(frozen=True, slots=True)
 class _Window:
     document: int
+    start: int  # place of its first token in the document
     tokens: tuple[int, ...]
 
 
@@ -60,7 +63,7 @@ def prepare(
         RejectedError: AG-EVA-001 if a document has fewer than two tokens.
     """
     scoring = scoring or Scoring()
-    limit = min(scoring.window_tokens, _context(model))
+    limit = min(scoring.window_tokens, context_tokens(model))
     windows: list[_Window] = []
     counts = []
     for number, text in enumerate(texts):
@@ -69,14 +72,16 @@ def prepare(
             raise RejectedError("AG-EVA-001", "a document is empty")
         # Windows share one token: the last of one conditions the first of the next.
         windows.extend(
-            _Window(number, tuple(ids[at : at + limit])) for at in range(0, len(ids) - 1, limit - 1)
+            _Window(number, at, tuple(ids[at : at + limit]))
+            for at in range(0, len(ids) - 1, limit - 1)
         )
         counts.append(len(ids) - 1)
     batches = tuple(_batches(windows, scoring.batch_tokens))
     return Prepared(batches, tuple(counts), tuple(len(text.encode("utf-8")) for text in texts))
 
 
-def _context(model: Any) -> int:
+def context_tokens(model: Any) -> int:
+    """How many tokens the model can see at once."""
     return max(int(getattr(model.config, "max_position_embeddings", 1 << 30)), 2)
 
 
@@ -103,14 +108,10 @@ def measure(model: Any, prepared: Prepared) -> Losses:
         RejectedError: AG-EVA-002 if a loss is not a finite number.
     """
     nats = np.zeros(len(prepared.tokens), dtype=np.float64)
-    was_training = model.training
-    model.eval()
-    try:
+    with evaluating(model):
         for batch in prepared.batches:
             for window, value in zip(batch, _batch_nats(model, batch), strict=True):
                 nats[window.document] += value
-    finally:
-        model.train(was_training)
     if not np.isfinite(nats).all():
         raise RejectedError("AG-EVA-002", "a document has a loss that is not a finite number")
     return Losses(
@@ -120,15 +121,62 @@ def measure(model: Any, prepared: Prepared) -> Losses:
     )
 
 
+@torch.no_grad()
+def measure_tokens(model: Any, prepared: Prepared) -> tuple[npt.NDArray[np.float64], ...]:
+    """Loss of each predicted token in nats, one array per document, in reading order.
+
+    A token at the beginning of a window is predicted from little before it, so its loss is too
+    high there.
+
+    Raises:
+        RejectedError: AG-EVA-002 if a loss is not a finite number.
+    """
+    nats = tuple(np.zeros(count, dtype=np.float64) for count in prepared.tokens)
+    with evaluating(model):
+        for batch in prepared.batches:
+            losses = _batch_losses(model, batch).cpu().numpy()
+            for window, row in zip(batch, losses, strict=True):
+                size = len(window.tokens) - 1
+                nats[window.document][window.start : window.start + size] = row[:size]
+    if not all(np.isfinite(document).all() for document in nats):
+        raise RejectedError("AG-EVA-002", "a token has a loss that is not a finite number")
+    return nats
+
+
+def predicted_tokens(prepared: Prepared) -> tuple[npt.NDArray[np.int64], ...]:
+    """The tokens whose losses `measure_tokens` tells, in the same layout."""
+    ids = tuple(np.zeros(count, dtype=np.int64) for count in prepared.tokens)
+    for batch in prepared.batches:
+        for window in batch:
+            size = len(window.tokens) - 1
+            ids[window.document][window.start : window.start + size] = window.tokens[1:]
+    return ids
+
+
+@contextlib.contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Put a model into evaluation mode, and back afterwards."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
 def _batch_nats(model: Any, batch: Sequence[_Window]) -> list[float]:
     """Summed loss of each window of a batch, accumulated in 64 bits."""
+    return [float(value) for value in _batch_losses(model, batch).sum(dim=1).cpu()]
+
+
+def _batch_losses(model: Any, batch: Sequence[_Window]) -> torch.Tensor:
+    """Loss of each token of a batch in 64 bits, [windows, longest - 1]; 0 on padding."""
     ids, mask = pad_batch([window.tokens for window in batch], model.device)
     logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
     losses = torch.nn.functional.cross_entropy(
         logits.float().transpose(1, 2), ids[:, 1:], reduction="none"
     )
-    summed = (losses.double() * mask[:, 1:]).sum(dim=1)
-    return [float(value) for value in summed.cpu()]
+    return losses.double() * mask[:, 1:]
 
 
 def pad_batch(

@@ -79,11 +79,19 @@ def check_results(results: Sequence[GateResult]) -> None:
 
 def run_gate(gate: Gate, submission: Submission) -> GateResult:
     """Run one gate and return its result, whatever happens inside."""
+    return settle(gate.name, gate.version, lambda figures: gate.judge(submission, figures))
+
+
+def settle(name: str, version: str, judge: Callable[[Figures], None]) -> GateResult:
+    """Run a rule that fills in figures and raises to refuse, and turn it into a result.
+
+    `RejectedError` is FAIL; any other error of ours says that the rule cannot judge: INVALID.
+    """
     figures: Figures = {}
     verdict, reason = GateVerdict.PASS, ""
     started = time.monotonic()
     try:
-        gate.judge(submission, figures)
+        judge(figures)
     except RejectedError as error:
         verdict, reason = GateVerdict.FAIL, f"{error.code}: {error.cause}"
     except AllograftError as error:
@@ -92,9 +100,7 @@ def run_gate(gate: Gate, submission: Submission) -> GateResult:
         # The type only: the message could quote what the gate was reading.
         verdict, reason = GateVerdict.INVALID, f"the gate stopped: {type(error).__name__}"
     cost_ms = round(1000 * (time.monotonic() - started))
-    return GateResult(
-        gate.name, gate.version, verdict, tuple(sorted(figures.items())), cost_ms, reason
-    )
+    return GateResult(name, version, verdict, tuple(sorted(figures.items())), cost_ms, reason)
 
 
 def _judge_type(submission: Submission, figures: Figures) -> None:

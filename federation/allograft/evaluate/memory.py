@@ -1,0 +1,374 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a model remembers of texts: measurements for the gates of `privacy.memorisation`.
+
+Every score compares two models, the public base and the base with the packet attached: the base is
+public, so this is what an attacker has, and what the base knew already cancels. Each model is read
+once, so that one model can be read before and after an attachment.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from allograft.errors import RejectedError
+from allograft.evaluate.bootstrap import Losses
+from allograft.evaluate.loss import (
+    Scoring,
+    context_tokens,
+    evaluating,
+    measure,
+    measure_tokens,
+    pad_batch,
+    predicted_tokens,
+    prepare,
+)
+from allograft.privacy.audit import auc
+from allograft.privacy.canaries import CanaryRecord, Style
+from allograft.privacy.memorisation import CanaryEvidence, ExtractionEvidence, RepeatedEvidence
+
+#: A suffix is asked for after at least so many tokens.
+PROMPT_TOKENS = 16
+
+_WORD = re.compile(r"\w+")
+_BLIND_WORDS = 1000
+_RIDGE = 1.0
+
+Numbers = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TextReading:
+    """Texts as one model reads them.
+
+    Attributes:
+        nats: Loss of each predicted token, one array per text.
+        tokens: Those tokens.
+    """
+
+    nats: tuple[Numbers, ...]
+    tokens: tuple[npt.NDArray[np.int64], ...]
+
+    @property
+    def totals(self) -> Numbers:
+        """Loss of each text in nats, summed over its tokens [texts]."""
+        return np.array([document.sum() for document in self.nats], dtype=np.float64)
+
+    @property
+    def counts(self) -> Numbers:
+        """Predicted tokens of each text [texts]."""
+        return np.array([len(document) for document in self.nats], dtype=np.float64)
+
+
+def read_texts(
+    model: Any, tokenizer: Any, texts: Sequence[str], scoring: Scoring | None = None
+) -> TextReading:
+    """Read texts with a model as it is now.
+
+    Raises:
+        RejectedError: AG-EVA-001 for a text without two tokens, AG-EVA-002 if a loss is not
+            finite.
+    """
+    prepared = prepare(texts, tokenizer, model, scoring)
+    return TextReading(measure_tokens(model, prepared), predicted_tokens(prepared))
+
+
+def saved_per_token(base: TextReading, donated: TextReading) -> Numbers:
+    """Nats per token that the packet saves on each text; larger is better remembered [texts]."""
+    _check_pair(base, donated)
+    return np.asarray((base.totals - donated.totals) / base.counts, dtype=np.float64)
+
+
+def person_scores(
+    persons: Sequence[str], base: TextReading, donated: TextReading
+) -> dict[str, float]:
+    """One score per person: nats saved over all tokens of the person's texts.
+
+    Args:
+        persons: Whose each text is, in the order of the texts.
+        base: The texts read by the base.
+        donated: The same read with the packet attached.
+    """
+    _check_pair(base, donated)
+    saved: dict[str, float] = defaultdict(float)
+    tokens: dict[str, float] = defaultdict(float)
+    differences = base.totals - donated.totals
+    for person, nats, count in zip(persons, differences, base.counts, strict=True):
+        saved[person] += float(nats)
+        tokens[person] += float(count)
+    return {person: saved[person] / tokens[person] for person in saved}
+
+
+def cut_suffixes(
+    persons: Sequence[str], base: TextReading, donated: TextReading, length: int = 16
+) -> ExtractionEvidence:
+    """Every run of `length` tokens after a prompt of at least `PROMPT_TOKENS`, with its chances.
+
+    One reading by teacher forcing gives the probability of every suffix, wherever it begins
+    (Hayes et al., arXiv 2410.19482); nothing is generated. A suffix is telling if it stands in one
+    person's texts only: what several share is a template.
+
+    Args:
+        persons: Whose each text is.
+        base: The texts read by the base.
+        donated: The same read with the packet attached.
+        length: Tokens of a suffix.
+    """
+    _check_pair(base, donated)
+    logs: tuple[list[Numbers], list[Numbers]] = ([], [])
+    grams, owners, askable = [], [], []
+    numbers = {person: number for number, person in enumerate(dict.fromkeys(persons))}
+    for index, tokens in enumerate(base.tokens):
+        if len(tokens) < length:
+            continue
+        for reading, found in zip((base, donated), logs, strict=True):
+            sums = np.concatenate([[0.0], np.cumsum(reading.nats[index])])
+            found.append(sums[:-length] - sums[length:])
+        hashes = _hash_runs(tokens, length)
+        grams.append(hashes)
+        owners.append(np.full(len(hashes), numbers[persons[index]], dtype=np.int64))
+        # One token more than the place says: a text's first token is never predicted.
+        askable.append(np.arange(len(hashes)) + 1 >= PROMPT_TOKENS)
+    if not grams:
+        empty = np.zeros(0, dtype=np.float64)
+        return ExtractionEvidence(empty, empty, np.zeros(0, dtype=np.bool_))
+    # Runs without a prompt count when it comes to who shares a run, and are not asked for.
+    asked = np.concatenate(askable)
+    own = _own_runs(np.concatenate(grams), np.concatenate(owners))
+    return ExtractionEvidence(
+        np.concatenate(logs[0])[asked], np.concatenate(logs[1])[asked], own[asked]
+    )
+
+
+def _hash_runs(tokens: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.uint64]:
+    """A 64-bit multilinear hash of every run of tokens; runs that collide are 1 in 2^60 or so."""
+    factors = np.random.Generator(np.random.PCG64(0)).integers(
+        1, 1 << 63, size=length, dtype=np.uint64
+    )
+    count = len(tokens) - length + 1
+    hashes = np.zeros(count, dtype=np.uint64)
+    for offset in range(length):
+        hashes += (tokens[offset : offset + count].astype(np.uint64) + 1) * factors[offset]
+    return hashes
+
+
+def _own_runs(
+    grams: npt.NDArray[np.uint64], owners: npt.NDArray[np.int64]
+) -> npt.NDArray[np.bool_]:
+    """Whether a run occurs with one owner only."""
+    order = np.lexsort((owners, grams))
+    sorted_grams, sorted_owners = grams[order], owners[order]
+    starts = np.concatenate([[True], sorted_grams[1:] != sorted_grams[:-1]])
+    groups = np.cumsum(starts) - 1
+    first = np.flatnonzero(starts)
+    last = np.concatenate([first[1:], [len(grams)]]) - 1
+    # Owners are sorted inside a group, so its ends are equal only if all are.
+    own = sorted_owners[first] == sorted_owners[last]
+    result = np.zeros(len(grams), dtype=np.bool_)
+    result[order] = own[groups]
+    return result
+
+
+@torch.no_grad()
+def suffix_logs(
+    model: Any,
+    tokenizer: Any,
+    pairs: Sequence[tuple[str, str]],
+    *,
+    top_k: int = 0,
+    batch_tokens: int = 8192,
+) -> Numbers:
+    """Natural log of the probability of each suffix after its prompt, by teacher forcing [pairs].
+
+    For identifier fields and canaries, whose suffix is known. Prompt and suffix are tokenised
+    together, as they stand in a text; a token that spans both counts as the suffix's.
+
+    Args:
+        model: The model as it is now.
+        tokenizer: Its tokenizer.
+        pairs: Prompts and suffixes as text that follows each other.
+        top_k: Sample from the k likeliest tokens only, renormalised; 0 for all. A suffix with a
+            token outside them has -inf.
+        batch_tokens: Tokens per forward pass, padding included.
+
+    Raises:
+        RejectedError: AG-EVA-001 if a pair has fewer than two tokens or a suffix is longer than
+            the model sees, AG-EVA-002 if the model's output is not finite.
+    """
+    limit = context_tokens(model)
+    rows = [_split_pair(tokenizer, prompt, suffix, limit) for prompt, suffix in pairs]
+    logs = np.zeros(len(rows), dtype=np.float64)
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index][0]))
+    with evaluating(model):
+        while order:
+            # The longest of those left decides how many fit.
+            size = max(batch_tokens // len(rows[order[-1]][0]), 1)
+            batch, order = order[-size:], order[:-size]
+            ids, mask = pad_batch([rows[index][0] for index in batch], model.device)
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+            chances = _log_chances(logits.float(), ids[:, 1:], top_k)
+            for index, row in zip(batch, chances, strict=True):
+                tokens, begin = rows[index]
+                logs[index] = float(row[begin - 1 : len(tokens) - 1].sum())
+    if np.isnan(logs).any():
+        raise RejectedError("AG-EVA-002", "a suffix has no probability")
+    return logs
+
+
+def _split_pair(tokenizer: Any, prompt: str, suffix: str, limit: int) -> tuple[Sequence[int], int]:
+    """Tokens of a pair, cut at their start to fit, and where the suffix begins, at least 1."""
+    whole = list(tokenizer.encode(prompt + suffix, verbose=False))
+    if len(whole) < 2:
+        raise RejectedError("AG-EVA-001", "a prompt with its suffix has fewer than two tokens")
+    begin = 0
+    for left, right in zip(tokenizer.encode(prompt, verbose=False), whole, strict=False):
+        if left != right:
+            break
+        begin += 1
+    begin = min(max(begin, 1), len(whole) - 1)
+    cut = max(len(whole) - limit, 0)
+    if cut >= begin:
+        raise RejectedError("AG-EVA-001", "a suffix is longer than the model can see")
+    return whole[cut:], begin - cut
+
+
+def _log_chances(logits: torch.Tensor, labels: torch.Tensor, top_k: int) -> torch.Tensor:
+    """Natural log of each label's probability in 64 bits, [rows, tokens]."""
+    if top_k:
+        least = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    logs = torch.log_softmax(logits, dim=-1)
+    return logs.gather(-1, labels.unsqueeze(-1)).squeeze(-1).double()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CanaryReading:
+    """Canaries as one model reads them.
+
+    Attributes:
+        coins: Loss of each coin canary in nats.
+        secrets: For each repeated canary, ln p of its secret and then of its alternatives.
+    """
+
+    coins: Numbers
+    secrets: tuple[Numbers, ...]
+
+
+def read_canaries(
+    model: Any, tokenizer: Any, record: CanaryRecord, scoring: Scoring | None = None
+) -> CanaryReading:
+    """Read canaries and alternatives with a model as it is now.
+
+    Raises:
+        RejectedError: AG-EVA-001 or -002 as `read_texts`.
+    """
+    coins = np.zeros(0, dtype=np.float64)
+    if record.coins:
+        prepared = prepare([canary.text for canary in record.coins], tokenizer, model, scoring)
+        coins = _per_token(measure(model, prepared))
+    pairs = [
+        (canary.prompt, f" {secret}")
+        for canary in record.repeated
+        for secret in (canary.suffix, *canary.alternatives)
+    ]
+    batch_tokens = (scoring or Scoring()).batch_tokens
+    logs = suffix_logs(model, tokenizer, pairs, batch_tokens=batch_tokens)
+    sizes = [1 + len(canary.alternatives) for canary in record.repeated]
+    return CanaryReading(coins, tuple(np.split(logs, np.cumsum(sizes)[:-1])) if sizes else ())
+
+
+def _per_token(losses: Losses) -> Numbers:
+    return np.asarray(losses.nats / losses.tokens, dtype=np.float64)
+
+
+def compare_canaries(
+    record: CanaryRecord, base: CanaryReading, donated: CanaryReading
+) -> CanaryEvidence:
+    """Scores of canaries by what the packet saves on them."""
+    styles = list(Style)
+    repeated = []
+    for canary, before, after in zip(record.repeated, base.secrets, donated.secrets, strict=True):
+        gained = after - before
+        repeated.append(RepeatedEvidence(canary.repeats, float(gained[0]), gained[1:]))
+    return CanaryEvidence(
+        base.coins - donated.coins,
+        np.array([canary.included for canary in record.coins], dtype=np.bool_),
+        np.array([styles.index(canary.style) for canary in record.coins], dtype=np.int64),
+        tuple(repeated),
+    )
+
+
+def blind_auc(
+    inside: Sequence[str], outside: Sequence[str], folds: int = 5, seed: int = 0
+) -> float:
+    """How well word counts alone tell who was trained on; 0.5 is chance (arXiv 2406.17975).
+
+    Ridge regression on bags of words, cross-validated, mean AUC over the folds. A random split
+    cannot be told apart; a split by date or ward can, and then a membership score is about that.
+
+    Args:
+        inside: Text of each person trained on, one string per person.
+        outside: Text of each person held out.
+        folds: Parts of the cross-validation.
+        seed: Decides the parts; they are no secret.
+
+    Raises:
+        RejectedError: AG-EVA-001 with fewer than two persons per fold on a side.
+    """
+    if min(len(inside), len(outside)) < 2 * folds:
+        raise RejectedError("AG-EVA-001", f"fewer than {2 * folds} persons on a side")
+    features = _word_counts([*inside, *outside])
+    labels = np.concatenate([np.ones(len(inside)), np.zeros(len(outside))])
+    generator = np.random.Generator(np.random.PCG64(seed))
+    parts = np.empty(len(labels), dtype=np.int64)
+    for side in (0.0, 1.0):
+        places = np.flatnonzero(labels == side)
+        parts[places] = generator.permutation(len(places)) % folds
+    values = []
+    for part in range(folds):
+        learn, test = parts != part, parts == part
+        scores = _ridge_scores(features[learn], labels[learn], features[test])
+        values.append(auc(scores[labels[test] == 1.0], scores[labels[test] == 0.0]))
+    return float(np.mean(values))
+
+
+def _word_counts(texts: Sequence[str]) -> Numbers:
+    """Log counts of the commonest words, rows of length 1 [texts, words]."""
+    counted = [Counter(_words(text)) for text in texts]
+    spread = Counter(word for words in counted for word in words)
+    columns = {word: place for place, (word, _) in enumerate(spread.most_common(_BLIND_WORDS))}
+    features = np.zeros((len(texts), max(len(columns), 1)), dtype=np.float64)
+    for row, words in enumerate(counted):
+        for word, count in words.items():
+            if word in columns:
+                features[row, columns[word]] = np.log1p(count)
+    norms = np.linalg.norm(features, axis=1, keepdims=True)
+    return np.asarray(features / np.maximum(norms, 1e-12), dtype=np.float64)
+
+
+def _words(text: str) -> Iterator[str]:
+    for match in _WORD.finditer(text.lower()):
+        yield match.group()
+
+
+def _ridge_scores(features: Numbers, labels: Numbers, unseen: Numbers) -> Numbers:
+    mean, middle = features.mean(axis=0), labels.mean()
+    centred = features - mean
+    gram = centred.T @ centred + _RIDGE * np.eye(features.shape[1])
+    weights = np.linalg.solve(gram, centred.T @ (labels - middle))
+    return np.asarray((unseen - mean) @ weights, dtype=np.float64)
+
+
+def _check_pair(base: TextReading, donated: TextReading) -> None:
+    same = len(base.tokens) == len(donated.tokens) and all(
+        np.array_equal(left, right) for left, right in zip(base.tokens, donated.tokens, strict=True)
+    )
+    if not same:
+        raise ValueError("the two readings are not of the same texts")

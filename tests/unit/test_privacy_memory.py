@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Reading texts with models, and the audits on a model that learnt its texts by heart."""
+
+import random
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from allograft.cli.demo.shape import train_tokenizer
+from allograft.errors import RejectedError
+from allograft.evaluate.loss import Scoring, measure, measure_tokens, predicted_tokens, prepare
+from allograft.evaluate.memory import (
+    blind_auc,
+    compare_canaries,
+    cut_suffixes,
+    person_scores,
+    read_canaries,
+    read_texts,
+    saved_per_token,
+    suffix_logs,
+)
+from allograft.privacy.audit import log_queries
+from allograft.privacy.canaries import CanaryPlan, CanaryRecord, make_canaries, split_persons
+from allograft.privacy.dossier import GateVerdict
+from allograft.privacy.memorisation import (
+    DpClaim,
+    MembershipEvidence,
+    judge_canaries,
+    judge_extraction,
+    judge_membership,
+    warnings_of,
+)
+from allograft.privacy.thresholds import AuditThresholds
+from allograft.recipes.documents import Document
+from allograft.recipes.loop import train
+from allograft.recipes.plan import LoopPlan
+from allograft.recipes.windows import make_windows
+from kit.tiny import tiny_model
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+PASS, FAIL, INVALID = GateVerdict.PASS, GateVerdict.FAIL, GateVerdict.INVALID
+
+COMPLAINTS = ["cough", "fever", "headache", "back pain", "rash", "nausea", "dizziness", "fatigue"]
+FINDINGS = ["clear chest", "tender abdomen", "raised pulse", "normal gait", "red throat"]
+DRUGS = ["aspirin", "ibuprofen", "amoxicillin", "paracetamol", "metformin", "ramipril"]
+ADVICE = ["rest", "return in a week", "drink water", "see the nurse", "have a blood test"]
+SYLLABLES = ["ba", "ke", "lo", "mi", "nu", "ra", "so", "ti", "vu", "za"]
+
+
+def note(draw: random.Random, name: str) -> str:
+    """A synthetic note; `name` is where a patient's own would stand."""
+    return (
+        f"The patient {name} came with {draw.choice(COMPLAINTS)} and {draw.choice(COMPLAINTS)} "
+        f"for {draw.randint(2, 20)} days. On examination {draw.choice(FINDINGS)} was found. "
+        f"We gave {draw.choice(DRUGS)} and {draw.choice(DRUGS)}. "
+        f"The advice was to {draw.choice(ADVICE)}."
+    )
+
+
+def identifier(draw: random.Random) -> str:
+    name = "".join(draw.choices(SYLLABLES, k=6))
+    return f"{name} with number {draw.randint(10**7, 10**8 - 1)}"
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@dataclass
+class Experiment:
+    """A public base, and the same after it was trained for long on few private notes."""
+
+    tokenizer: PreTrainedTokenizerFast
+    base: torch.nn.Module
+    donated: torch.nn.Module
+    record: CanaryRecord
+    members: dict[str, list[str]]
+    others: dict[str, list[str]]
+    names: dict[str, str]
+
+
+def fit(model: torch.nn.Module, tokenizer, texts: list[str], steps: int, rate: float) -> None:
+    windows = make_windows([Document(text) for text in texts], tokenizer, 96)
+    plan = LoopPlan(steps=steps, batch_windows=16, learning_rate=rate, warmup_steps=5)
+    model.train()
+    train(
+        lambda _, tokens: model(input_ids=tokens).logits,
+        dict(model.named_parameters()),
+        windows,
+        plan,
+    )
+    model.eval()
+
+
+STEPS = 110
+
+RULES = replace(
+    AuditThresholds(),
+    canaries_min=120,
+    exposure_min_references=50,
+    membership_min_persons=30,
+    membership_fpr=0.05,
+    blind_max_auc=0.75,  # of so few persons it has a wide spread
+)
+
+
+@pytest.fixture(scope="module")
+def experiment() -> Experiment:
+    draw = random.Random(7)
+    public = [note(draw, "") for _ in range(400)]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=train_tokenizer(public, 400), eos_token="<|endoftext|>"
+    )
+    names = {f"p{number}": identifier(draw) for number in range(100)}
+    texts = {person: [note(draw, name)] for person, name in names.items()}
+    split = split_persons(texts, 0.5, draw)
+    plan = CanaryPlan(
+        coins=120, repeats=(1, 8), references=50, prefix_words=8, suffix_words=8, body_sentences=2
+    )
+    planted, record = make_canaries(public, plan, draw)
+    shape = {
+        "vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 128, "head_dim": 16,
+        "num_hidden_layers": 2, "max_position_embeddings": 192,
+    }  # fmt: skip
+    base = tiny_model("llama", **shape)
+    fit(base, tokenizer, public, 80, 5e-3)
+    donated = tiny_model("llama", **shape)
+    donated.load_state_dict(base.state_dict())
+    private = [text for person in split.train for text in texts[person]]
+    fit(donated, tokenizer, private + [d.text for d in planted], STEPS, 8e-3)
+    return Experiment(
+        tokenizer, base, donated, record,
+        {person: texts[person] for person in split.train},
+        {person: texts[person] for person in split.holdout},
+        names,
+    )  # fmt: skip
+
+
+class TestLearntByHeart:
+    """Every gate refuses a model that learnt its training data by heart."""
+
+    def test_canaries_refuse_it(self, experiment: Experiment) -> None:
+        base = read_canaries(experiment.base, experiment.tokenizer, experiment.record)
+        donated = read_canaries(experiment.donated, experiment.tokenizer, experiment.record)
+        evidence = compare_canaries(experiment.record, base, donated)
+        for claim in (None, DpClaim(0.5, 1e-5)):
+            result, _ = judge_canaries(evidence, claim, RULES)
+            assert result.verdict is FAIL, result
+        figures = dict(result.figures)
+        assert figures["epsilon_low"] > 0.5
+        assert min(figures["exposure.1"], figures["exposure.8"]) > 10
+
+    def test_identifiers_come_back(self, experiment: Experiment) -> None:
+        persons = [person for person, texts in experiment.members.items() for _ in texts]
+        texts = [text for texts in experiment.members.values() for text in texts]
+        base = read_texts(experiment.base, experiment.tokenizer, texts)
+        donated = read_texts(experiment.donated, experiment.tokenizer, texts)
+        evidence = cut_suffixes(persons, base, donated)
+        result, private = judge_extraction(evidence, None, RULES)
+        assert result.verdict is FAIL, private
+        assert private["extractable"] > 0
+
+    def test_members_are_recognised(self, experiment: Experiment) -> None:
+        result, private = judge_membership(membership(experiment, experiment.donated), None, RULES)
+        assert result.verdict is FAIL, private
+
+
+class TestUntouched:
+    """A model that learnt nothing is invalid without DP, as the audit shows no power, or passes."""
+
+    def test_canaries(self, experiment: Experiment) -> None:
+        reading = read_canaries(experiment.base, experiment.tokenizer, experiment.record)
+        evidence = compare_canaries(experiment.record, reading, reading)
+        assert judge_canaries(evidence, None, RULES)[0].verdict is INVALID
+        assert judge_canaries(evidence, DpClaim(1.0, 1e-5), RULES)[0].verdict is PASS
+
+    def test_extraction_and_membership_pass(self, experiment: Experiment) -> None:
+        persons = [person for person, texts in experiment.members.items() for _ in texts]
+        texts = [text for texts in experiment.members.values() for text in texts]
+        base = read_texts(experiment.base, experiment.tokenizer, texts)
+        result, _ = judge_extraction(cut_suffixes(persons, base, base), None, RULES)
+        assert result.verdict is PASS, result
+        result, _ = judge_membership(membership(experiment, experiment.base), None, RULES)
+        assert result.verdict is PASS, result
+        assert warnings_of(result) == ()
+
+
+def membership(experiment: Experiment, donated: torch.nn.Module) -> MembershipEvidence:
+    sides = []
+    for group in (experiment.members, experiment.others):
+        persons = [person for person, texts in group.items() for _ in texts]
+        texts = [text for texts in group.values() for text in texts]
+        base = read_texts(experiment.base, experiment.tokenizer, texts)
+        after = read_texts(donated, experiment.tokenizer, texts)
+        sides.append(np.array(list(person_scores(persons, base, after).values())))
+    blind = blind_auc(
+        [" ".join(texts) for texts in experiment.members.values()],
+        [" ".join(texts) for texts in experiment.others.values()],
+    )
+    return MembershipEvidence(sides[0], sides[1], blind)
+
+
+class TestReading:
+    def test_token_losses_add_up_to_those_of_documents(self, experiment: Experiment) -> None:
+        texts = [text for texts in list(experiment.others.values())[:6] for text in texts]
+        texts.append(" ".join(texts))  # several windows
+        prepared = prepare(texts, experiment.tokenizer, experiment.base, Scoring(64, 256))
+        whole, tokens = (
+            measure(experiment.base, prepared),
+            measure_tokens(experiment.base, prepared),
+        )
+        assert [len(document) for document in tokens] == whole.tokens.tolist()
+        assert np.allclose([document.sum() for document in tokens], whole.nats)
+        for text, predicted in zip(texts, predicted_tokens(prepared), strict=True):
+            assert predicted.tolist() == experiment.tokenizer.encode(text)[1:]
+
+    def test_suffix_chances_are_sums_of_token_losses(self, experiment: Experiment) -> None:
+        text = next(iter(experiment.others.values()))[0]
+        cut = text.index(" for ")
+        logs = suffix_logs(experiment.base, experiment.tokenizer, [(text[:cut], text[cut:])])
+        reading = read_texts(experiment.base, experiment.tokenizer, [text])
+        length = len(experiment.tokenizer.encode(text[cut:]))
+        assert logs[0] == pytest.approx(-reading.nats[0][-length:].sum(), rel=1e-4)
+
+    def test_order_and_batches_do_not_matter(self, experiment: Experiment) -> None:
+        pairs = [("The patient", " came with" + " cough" * n) for n in range(1, 9)]
+        together = suffix_logs(experiment.base, experiment.tokenizer, pairs)
+        alone = [suffix_logs(experiment.base, experiment.tokenizer, [p])[0] for p in pairs]
+        assert np.allclose(together, alone, atol=1e-4)
+        few = suffix_logs(experiment.base, experiment.tokenizer, pairs, batch_tokens=20)
+        assert np.allclose(together, few, atol=1e-4)
+
+    def test_a_prompt_beyond_the_context_loses_its_beginning(self, experiment: Experiment) -> None:
+        ending = (" and fever" * 60, " for 3 days")
+        longer = ("The patient came" + " and fever" * 300, " for 3 days")
+        logs = suffix_logs(experiment.base, experiment.tokenizer, [ending, longer])
+        assert logs[0] == pytest.approx(logs[1], abs=2.0)
+        with pytest.raises(RejectedError, match="AG-EVA-001"):
+            suffix_logs(experiment.base, experiment.tokenizer, [("The", " cough" * 300)])
+
+    def test_top_k_renormalises_and_forbids_the_rest(self, experiment: Experiment) -> None:
+        pair = [("The patient", " came with cough")]
+        every = suffix_logs(experiment.base, experiment.tokenizer, pair)
+        few = suffix_logs(experiment.base, experiment.tokenizer, pair, top_k=40)
+        assert every[0] <= few[0] <= 0.0
+        strange = [("The patient", " zzzz####")]
+        never = suffix_logs(experiment.base, experiment.tokenizer, strange, top_k=1)
+        assert never[0] == -np.inf
+        assert log_queries(never)[0] == np.inf
+
+    def test_a_planted_number_takes_fewer_queries_than_before(self, experiment: Experiment) -> None:
+        person = next(iter(experiment.members))
+        name, number = experiment.names[person].split(" with number ")
+        pair = [(f"The patient {name} with number", f" {number}")]
+        before = suffix_logs(experiment.base, experiment.tokenizer, pair)
+        after = suffix_logs(experiment.donated, experiment.tokenizer, pair)
+        assert log_queries(after)[0] < log_queries(before)[0]
+
+    def test_a_model_is_left_in_the_mode_it_was_in(self, experiment: Experiment) -> None:
+        experiment.base.train()
+        read_texts(experiment.base, experiment.tokenizer, ["The patient came"])
+        suffix_logs(experiment.base, experiment.tokenizer, [("The patient", " came")])
+        assert experiment.base.training
+        experiment.base.eval()
+
+    def test_readings_of_different_texts_are_not_compared(self, experiment: Experiment) -> None:
+        first = read_texts(experiment.base, experiment.tokenizer, ["The patient came"])
+        second = read_texts(experiment.base, experiment.tokenizer, ["The advice was to rest"])
+        with pytest.raises(ValueError, match="same texts"):
+            saved_per_token(first, second)
+
+    def test_a_person_s_score_weighs_tokens(self, experiment: Experiment) -> None:
+        texts = ["The patient came with cough", "The advice was to rest and to drink water", "rest"]
+        base = read_texts(experiment.base, experiment.tokenizer, texts)
+        after = read_texts(experiment.donated, experiment.tokenizer, texts)
+        scores = person_scores(["a", "a", "b"], base, after)
+        saved, counts = saved_per_token(base, after), base.counts
+        assert scores["a"] == pytest.approx((saved[:2] * counts[:2]).sum() / counts[:2].sum())
+        assert scores["b"] == pytest.approx(saved[2])
+
+
+class TestSuffixes:
+    def read(self, experiment: Experiment, texts: list[str]):
+        return read_texts(experiment.base, experiment.tokenizer, texts)
+
+    def test_what_two_people_share_is_not_telling(self, experiment: Experiment) -> None:
+        draw = random.Random(1)
+        own, shared = note(draw, identifier(draw)), note(draw, identifier(draw))
+        reading = self.read(experiment, [own, shared, shared])
+        same = cut_suffixes(["a", "b", "b"], reading, reading)
+        other = cut_suffixes(["a", "b", "c"], reading, reading)
+        assert same.telling.all()
+        lengths = [max(len(tokens) - 16 + 1 - 15, 0) for tokens in reading.tokens]
+        assert other.telling[: lengths[0]].sum() > 0
+        assert not other.telling[lengths[0] :].any()
+
+    def test_every_run_after_a_prompt_is_tried(self, experiment: Experiment) -> None:
+        text = note(random.Random(2), "bakelo")
+        reading = self.read(experiment, [text])
+        found = cut_suffixes(["a"], reading, reading)
+        nats = reading.nats[0]
+        # 16 tokens of prompt are the text's first, which is never predicted, and 15 predicted.
+        expected = [-nats[at : at + 16].sum() for at in range(15, len(nats) - 15)]
+        assert np.allclose(found.log_base, expected)
+
+    def test_texts_that_are_too_short_give_none(self, experiment: Experiment) -> None:
+        reading = self.read(experiment, ["The patient came"])
+        assert len(cut_suffixes(["a"], reading, reading).log_base) == 0
+
+
+class TestBlind:
+    def notes(self, seed: int, count: int, more: str = "") -> list[str]:
+        draw = random.Random(seed)
+        return [note(draw, "") + more for _ in range(count)]
+
+    def test_a_random_split_is_near_chance(self) -> None:
+        assert blind_auc(self.notes(1, 300), self.notes(2, 300)) < 0.58
+
+    def test_a_split_by_ward_is_seen(self) -> None:
+        draw = random.Random(3)
+        shifted = [
+            text + " seen on the ward" * (draw.random() < 0.5) for text in self.notes(1, 200)
+        ]
+        assert blind_auc(shifted, self.notes(2, 200)) > 0.65
+
+    def test_too_few_are_refused(self) -> None:
+        with pytest.raises(RejectedError, match="AG-EVA-001"):
+            blind_auc(["a b"] * 9, ["a b"] * 100)
+
+    def test_texts_without_words_are_chance(self) -> None:
+        assert blind_auc(["..."] * 20, ["!!"] * 20) == 0.5
