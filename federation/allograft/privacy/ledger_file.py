@@ -76,6 +76,10 @@ class LedgerFile:
         """Whether there is a ledger, whole or not."""
         return any(self.directory.joinpath(name).exists() for name in (_LEDGER, _HEAD))
 
+    def is_started(self) -> bool:
+        """Whether `create` has finished here."""
+        return self._head_file.exists()
+
     def create(self, known: Head = EMPTY) -> None:
         """Start an empty ledger; goes on where an interrupted call stopped.
 
