@@ -651,6 +651,69 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
             "a privacy plan's constant looks as if it was derived from the data",
             "Choose public constants of at most three significant digits, before the data is read.",
         ),
+        "AG-PRV-052": ErrorCode(
+            "a privacy plan is malformed or over its limits",
+            "Make it with `allograft-site plan new`; its format is in protos/spec/ledger.md.",
+        ),
+        "AG-PRV-053": ErrorCode(
+            "a privacy plan does not fit its mode",
+            "Mode strict needs constants, measured may go without, open has no plan.",
+        ),
+        "AG-PRV-054": ErrorCode(
+            "a claimed epsilon is not the one that the plan's constants give",
+            "Claim what `allograft-site plan show` computes; believe no packet that claims less.",
+        ),
+        "AG-PRV-055": ErrorCode(
+            "no noise reaches the target epsilon",
+            "Take fewer steps, a smaller sampling rate, or a larger target epsilon.",
+        ),
+        "AG-PRV-056": ErrorCode(
+            "there is no such privacy plan here, or it is not at that stage",
+            "See the state directory's plans; make one with `allograft-site plan new`.",
+        ),
+        "AG-PRV-060": ErrorCode(
+            "the privacy ledger was altered, or is not this site's",
+            "Make no more packets; compare the file with a backup and with the heads in dossiers.",
+        ),
+        "AG-PRV-061": ErrorCode(
+            "a privacy domain's limits are out of range or have been fixed already",
+            "Limits are fixed once, when the domain is opened; epsilon 8, delta 1e-6, order 4 fit "
+            "most.",
+        ),
+        "AG-PRV-062": ErrorCode(
+            "the privacy domain has not been opened",
+            "Open it with `allograft-site ledger open-domain`, once for the same people.",
+        ),
+        "AG-PRV-063": ErrorCode(
+            "the privacy budget of the people is used up",
+            "Plan fewer steps or more noise; see `allograft-site ledger show` for what is left. "
+            "Spent budget never comes back.",
+        ),
+        "AG-PRV-064": ErrorCode(
+            "the clock stands before the last entry of the privacy ledger",
+            "Set the clock right; nothing was written.",
+        ),
+        "AG-PRV-065": ErrorCode(
+            "a reservation was used, ended or stated differently before",
+            "Make a new plan: one plan pays for one run.",
+        ),
+        "AG-PRV-066": ErrorCode(
+            "some of these people belong to another privacy domain",
+            "Name the domain that they belong to; a renamed or filtered data set stays in it.",
+        ),
+        "AG-PRV-067": ErrorCode(
+            "the register of people is damaged, incomplete or was made with another key",
+            "Restore the population directory and keys/population.key from one backup.",
+        ),
+        "AG-PRV-068": ErrorCode(
+            "another process is writing to the privacy ledger",
+            "Try again; entries take milliseconds. If it stays, find the process that hangs.",
+        ),
+        "AG-PRV-069": ErrorCode(
+            "the privacy ledger is shorter than it was: it was cut or rolled back",
+            "Restore the newest copy; until then nothing can be spent. Never start a new ledger "
+            "for the same people.",
+        ),
         "AG-PRV-075": ErrorCode(
             "an audit shows that a model tells about the people it was trained on",
             "Train again with fewer steps, a lower rate or differential privacy; duplicated "

@@ -45,6 +45,14 @@ class Limits:
     frame_age_s: int = 3600
     item_files: int = 300
 
+    # privacy
+    privacy_plan_bytes: int = 64 << 10
+    ledger_entry_bytes: int = 64 << 10  # one line of a ledger, signature and base64 included
+    ledger_bytes: int = 256 << 20  # an entry takes 2 KiB: some 100,000 runs
+    entry_packets: int = 64  # digests in one commit
+    person_id_bytes: int = 512
+    people_bytes: int = 1 << 30  # one domain; 32 bytes a person: 33 million
+
     # log
     entry_bytes: int = 65_535  # tlog-tiles entries carry a 16-bit length
     note_bytes: int = 64 << 10

@@ -1,0 +1,119 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The site's privacy budget: its ledger, with a second memory of the head, and its people.
+
+Invariant: the ledger's head stands in the site's database as well. Who replaces the ledger's
+directory by an older copy, or removes it, is refused; a ledger is started only where none is
+remembered.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from allograft.crypto import keystore
+from allograft.errors import RejectedError
+from allograft.privacy.ledger import (
+    EMPTY,
+    Charge,
+    Committed,
+    DomainOpened,
+    Head,
+    Ledger,
+    NonprivateRelease,
+    Reserved,
+)
+from allograft.privacy.ledger_file import LedgerFile
+from allograft.privacy.population import KEY_BYTES, Population
+from allograft_client.site import Site
+
+_HEAD = "privacy-ledger-head"
+_KEY_WORD = "allograft-population-key-v1"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """The ledger and the register of people of one site.
+
+    Errors are those of `LedgerFile` and `Population`, and AG-SIT or AG-STO for the database.
+    """
+
+    site: Site
+
+    def ledger(self) -> Ledger:
+        """The ledger as it stands; an empty one if none was ever started."""
+        known = self._known()
+        if known == EMPTY and not self._file.exists():
+            return Ledger(self.site.name)
+        ledger = self._file.read(known)
+        self._remember(ledger.head)
+        return ledger
+
+    def open_domain(self, limits: DomainOpened) -> Ledger:
+        """Fix a domain's limits; starts the ledger with the first one."""
+        known = self._known()
+        if known == EMPTY and not self._file.is_started():
+            self._file.create(known)
+        return self._act(lambda: self._file.open_domain(limits, self.site.now(), known))
+
+    def reserve(self, charge: Charge) -> Reserved:
+        """Spend a charge before its first step."""
+        return self._act(lambda: self._file.reserve(charge, self.site.now(), self._known()))
+
+    def commit(self, ended: Committed) -> Ledger:
+        """Record how a charge ended."""
+        return self._act(lambda: self._file.commit(ended, self.site.now(), self._known()))
+
+    def record_nonprivate(self, release: NonprivateRelease) -> Ledger:
+        """Make a domain's ε infinite, before something without privacy is released."""
+        return self._act(
+            lambda: self._file.record_nonprivate(release, self.site.now(), self._known())
+        )
+
+    def population(self) -> Population:
+        """The register of people; its key is made with the first one.
+
+        Raises:
+            RejectedError: AG-PRV-067 if people are registered and the key is lost: under a fresh
+                one everybody would look unknown.
+        """
+        directory = self.site.home.path("privacy", "population")
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        reserved = {name for name, found in self.ledger().accounts.items() if found.reserved}
+        path = self.site.home.path("keys", "population.key")
+        if not path.exists():
+            if reserved or any(directory.glob("*.people")):
+                raise RejectedError("AG-PRV-067", "keys/population.key is gone")
+            text = f"{_KEY_WORD} {secrets.token_hex(KEY_BYTES)}\n"
+            keystore.write_private(path, text.encode("ascii"))
+        word, _, digits = keystore.read_private(path).decode("ascii", "replace").partition(" ")
+        try:
+            key = bytes.fromhex(digits)
+        except ValueError:
+            key = b""
+        if word != _KEY_WORD or len(key) != KEY_BYTES:
+            raise RejectedError("AG-PRV-067", "keys/population.key is malformed")
+        return Population(directory, key, frozenset(reserved))
+
+    @property
+    def _file(self) -> LedgerFile:
+        return LedgerFile(self.site.home.path("privacy"), self.site.name, self.site.key)
+
+    def _act(self, act: Callable[[], T]) -> T:
+        result = act()
+        self._remember(self._file.head())
+        return result
+
+    def _known(self) -> Head:
+        text = self.site.store.setting(_HEAD)
+        return Head.from_text(text) if text else EMPTY
+
+    def _remember(self, head: Head) -> None:
+        # Another process may have remembered a later one meanwhile.
+        with self.site.store.transaction():
+            if head.count > self._known().count:
+                self.site.store.set_setting(_HEAD, head.to_text())

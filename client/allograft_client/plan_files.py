@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Privacy plans in the state directory: `plans/ID.draft.json`, and `plans/ID.json` once signed.
+
+A draft is the bare statement, for people to read and discuss; only the signed file counts.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from allograft.durable import durable_write
+from allograft.errors import RejectedError
+from allograft.limits import LIMITS
+from allograft.plainfile import read_plain
+from allograft.privacy.plan import PrivacyPlan, read_plan, sign_plan, verify_plan
+from allograft_client.site import Site
+
+_DRAFT = ".draft.json"
+_SIGNED = ".json"
+_PREFIX = re.compile(r"[0-9a-f]{4,32}")
+
+
+@dataclass(frozen=True, slots=True)
+class FiledPlan:
+    """A plan and where it stands."""
+
+    plan: PrivacyPlan
+    path: Path
+    is_signed: bool
+
+
+def file_draft(site: Site, plan: PrivacyPlan) -> FiledPlan:
+    """Write a draft.
+
+    Raises:
+        RejectedError: AG-PRV-050 to -053 if it could not be signed.
+        UnavailableError: AG-STO-001 if the disk is full.
+    """
+    plan.check()
+    path = _directory(site) / f"{plan.plan_id}{_DRAFT}"
+    durable_write(path, plan.to_statement() + b"\n")
+    return FiledPlan(plan, path, False)
+
+
+def find_plan(site: Site, prefix: str) -> FiledPlan:
+    """A plan by its id or the beginning of it; the signed one if there are both.
+
+    Raises:
+        RejectedError: AG-PRV-056 if there is none or the beginning fits several, AG-PRV-050 to
+            -053 or AG-SIG-* if its file was changed.
+    """
+    if not _PREFIX.fullmatch(prefix):
+        raise RejectedError("AG-PRV-056", "a plan id is 4 to 32 hex digits")
+    paths = sorted(_directory(site).glob(f"{prefix}*{_SIGNED}"))
+    ids = {path.name.split(".")[0] for path in paths}
+    if len(ids) != 1:
+        raise RejectedError("AG-PRV-056", f"{len(ids)} plans begin with {prefix}")
+    (plan_id,) = ids
+    signed = _directory(site) / f"{plan_id}{_SIGNED}"
+    if signed.exists():
+        content = read_plain(signed, 2 * LIMITS.privacy_plan_bytes)
+        plan = verify_plan(content, [site.key.public], site.name)
+        return _named(FiledPlan(plan, signed, True), plan_id)
+    draft = _directory(site) / f"{plan_id}{_DRAFT}"
+    plan = read_plan(read_plain(draft, LIMITS.privacy_plan_bytes))
+    return _named(FiledPlan(plan, draft, False), plan_id)
+
+
+def sign_draft(site: Site, prefix: str) -> FiledPlan:
+    """Sign a draft; one that is signed already is returned as it is.
+
+    Raises:
+        RejectedError: As `find_plan`; AG-PRV-052 for another site's draft.
+        UnavailableError: AG-STO-001 if the disk is full.
+    """
+    found = find_plan(site, prefix)
+    if found.is_signed:
+        return found
+    if found.plan.donor != site.name:
+        raise RejectedError("AG-PRV-052", "the plan is another site's")
+    path = _directory(site) / f"{found.plan.plan_id}{_SIGNED}"
+    durable_write(path, sign_plan(found.plan, site.key))
+    return FiledPlan(found.plan, path, True)
+
+
+def _named(found: FiledPlan, plan_id: str) -> FiledPlan:
+    if found.plan.plan_id != plan_id:
+        raise RejectedError("AG-PRV-052", "a plan's file is named after another plan")
+    return found
+
+
+def _directory(site: Site) -> Path:
+    path = site.home.path("plans")
+    path.mkdir(mode=0o700, exist_ok=True)
+    return path

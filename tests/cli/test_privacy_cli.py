@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Planning a private run and reading the ledger, as a site's operator types it."""
+
+import json
+import shutil
+
+import pytest
+
+from allograft.errors import RejectedError
+from allograft.privacy.accountant import DpEvent, epsilon_by_rdp
+from allograft.privacy.ledger import Committed, NonprivateRelease, Outcome, charge_for
+from allograft.privacy.plan import check_claim
+from allograft.provenance.statement import Architecture, BaseModel, write_base
+from allograft_client import main_privacy
+from allograft_client.budget import Budget
+from allograft_client.membership import create_site, join_consortium, read_invitation
+from allograft_client.options import open_state
+from allograft_client.plan_files import find_plan
+from allograft_client.rows import ModelRow
+from allograft_client.settings import Home
+from kit.founding import Founded, run_site, run_site_json
+
+
+@pytest.fixture(scope="module")
+def joined(tmp_path_factory):
+    root = tmp_path_factory.mktemp("joined")
+    founded, home = Founded(root), Home(root / "site")
+    create_site(home, "hospital-a", 365)
+    founded.enrol(home.root)
+    join_consortium(home, read_invitation(founded.publish()), founded.keeper.fingerprint)
+    add_model(home.root)
+    return home.root
+
+
+@pytest.fixture
+def state(joined, tmp_path):
+    return shutil.copytree(joined, tmp_path / "site")
+
+
+def add_model(path):
+    site = open_state(path)
+    architecture = Architecture("llama", 32, 3, 64)
+    base = BaseModel("ab" * 32, architecture, "cd" * 32, "ef" * 32)
+    row = ModelRow("notes", path, path, path, {"base": write_base(base)}, "2026-11-23T08:00:00Z")
+    site.store.put_model(row)
+
+
+def refusal(capsys, *arguments) -> tuple[int, str]:
+    status, _, err = run_site(capsys, *arguments, "--format", "json")
+    return status, json.loads(err)["error"]["code"]
+
+
+def draft(capsys, state, *more):
+    return run_site_json(
+        capsys, "plan", "new", "--model", "notes", "--domain", "cardiology", "--target-epsilon", 3,
+        "--steps", 200, *more, "--state", state,
+    )  # fmt: skip
+
+
+def open_cardiology(capsys, state, *more):
+    return run_site_json(
+        capsys, "ledger", "open-domain", "cardiology", "--declared-by", "data-owner", *more,
+        "--state", state,
+    )  # fmt: skip
+
+
+def test_a_plan_is_proposed_shown_and_signed(state, capsys) -> None:
+    made = draft(capsys, state)
+    assert made["state"] == "draft"
+    cost, constants = made["cost"], made["constants"]
+    event = DpEvent(0.01, constants["noise_multiplier"], 200)
+    assert cost["epsilon_by_rdp"] == epsilon_by_rdp([event], 1e-6) <= 3
+    assert cost["epsilon_by_pld"] < cost["epsilon_by_rdp"]
+    assert cost["epsilon_by_pld_label"] == "non-adaptive"
+    assert constants["divisor"] == cost["expected_people_per_step"] == 10
+    plan_id = made["plan_id"]
+    signed = run_site_json(capsys, "plan", "sign", plan_id[:8], "--state", state)
+    assert signed["state"] == "signed"
+    assert run_site_json(capsys, "plan", "sign", plan_id, "--state", state) == signed
+    assert run_site_json(capsys, "plan", "show", plan_id[:8], "--state", state) == signed
+    assert signed["digest"] == made["digest"]
+    filed = find_plan(open_state(state), plan_id)
+    assert check_claim(filed.plan, 3.0) <= 3
+
+
+def test_a_plan_is_told_in_words(state, capsys) -> None:
+    plan_id = draft(capsys, state)["plan_id"]
+    status, out, _ = run_site(capsys, "plan", "show", plan_id, "--state", state)
+    assert status == 0
+    for words in ("not open yet", "non-adaptive", "of 1,000", "noise to signal", "plan sign"):
+        assert words in out
+
+
+def test_loop_parameters_come_from_a_file_and_tell_nothing_of_the_data(
+    state, capsys, tmp_path
+) -> None:
+    parameters = tmp_path / "loop.json"
+    parameters.write_text('{"learning_rate": 0.001, "window_tokens": 2048}')
+    assert draft(capsys, state, "--training", parameters)["training"]["window_tokens"] == 2048
+    parameters.write_text('{"steps_per_epoch": 1371}')
+    assert refusal(
+        capsys, "plan", "new", "--model", "notes", "--domain", "d", "--target-epsilon", 3,
+        "--training", parameters, "--state", state,
+    ) == (1, "AG-PRV-051")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("more", "refused"),
+    [(("--mode", "open"), (1, "AG-PRV-053")), (("--target-epsilon", "1e-9"), (1, "AG-PRV-055")),
+     (("--sampling-rate", "0.9"), (1, "AG-PRV-050")), (("--clip", "1.2345"), (1, "AG-PRV-051")),
+     (("--delta", "1e-3"), (2, "")), (("--model", "unknown"), (1, "AG-SIT-003"))],
+)  # fmt: skip
+def test_refuses_a_plan_that_promises_nothing(state, capsys, more, refused) -> None:
+    command = ("plan", "new", "--model", "notes", "--domain", "d", "--target-epsilon", 3)
+    assert refusal(capsys, *command, *more, "--state", state) == refused
+
+
+def test_mode_measured_may_go_without_constants_and_strict_may_not(state, capsys) -> None:
+    command = ("plan", "new", "--model", "notes", "--domain", "d", "--state", state)
+    assert refusal(capsys, *command) == (2, "")
+    made = run_site_json(capsys, *command, "--mode", "measured")
+    assert made["constants"] is None
+    assert "cost" not in made
+
+
+@pytest.mark.parametrize("prefix", ["ffff", "../../x", "x"])
+def test_refuses_a_plan_that_is_not_there(state, capsys, prefix) -> None:
+    assert refusal(capsys, "plan", "show", prefix, "--state", state) == (1, "AG-PRV-056")
+
+
+def test_refuses_a_plan_whose_file_was_changed(state, capsys) -> None:
+    made = draft(capsys, state)
+    plan_id = run_site_json(capsys, "plan", "sign", made["plan_id"], "--state", state)["plan_id"]
+    path = state / "plans" / f"{plan_id}.json"
+    path.write_bytes(path.read_bytes().replace(b'"payload":"e', b'"payload":"f'))
+    assert refusal(capsys, "plan", "show", plan_id, "--state", state)[1].startswith("AG-")
+    shutil.copy(state / "plans" / f"{plan_id}.draft.json", state / "plans" / "ffff.draft.json")
+    assert refusal(capsys, "plan", "sign", "ffff", "--state", state) == (1, "AG-PRV-052")
+
+
+def test_the_ledger_starts_with_its_first_domain(state, capsys) -> None:
+    empty = run_site_json(capsys, "ledger", "show", "--state", state)
+    assert empty["domains"] == []
+    made = open_cardiology(capsys, state)
+    assert made["rdp_cap"] == pytest.approx(4.145, abs=1e-3)
+    assert open_cardiology(capsys, state) == made
+    again = ("ledger", "open-domain", "cardiology", "--declared-by", "data-owner")
+    assert refusal(capsys, *again, "--epsilon", 9, "--state", state) == (1, "AG-PRV-061")
+
+
+def test_shows_what_was_spent_on_whom_and_what_is_left(state, capsys) -> None:
+    open_cardiology(capsys, state)
+    plan_id = draft(capsys, state)["plan_id"]
+    site = open_state(state)
+    budget, plan = Budget(site), find_plan(site, plan_id).plan
+    budget.reserve(charge_for(plan))
+    budget.commit(Committed(plan_id, Outcome.ABORTED, (), "AG-PRV-040"))
+    (account,) = run_site_json(capsys, "ledger", "show", "--state", state)["domains"]
+    assert account["rdp_spent"] + account["rdp_left"] == pytest.approx(account["rdp_cap"])
+    assert account["epsilon_by_pld"] <= account["epsilon_by_rdp"] <= 8
+    assert account["charges"][0]["state"] == "aborted"
+    _, out, _ = run_site(capsys, "ledger", "show", "--state", state)
+    assert "non-adaptive" in out
+    assert "AG-PRV-040" in out
+
+
+def test_shows_a_release_without_privacy_in_red_words(state, capsys) -> None:
+    open_cardiology(capsys, state)
+    release = NonprivateRelease("cardiology", "ef" * 32, "data-owner")
+    Budget(open_state(state)).record_nonprivate(release)
+    (account,) = run_site_json(capsys, "ledger", "show", "--state", state)["domains"]
+    assert account["infinite"]
+    assert account["epsilon_by_rdp"] is None
+    text = main_privacy._render_account(account)
+    assert "\x1b[31m\x1b[1mepsilon is INFINITE (∞)" in text
+
+
+def test_the_database_remembers_a_ledger_that_was_replaced(state, capsys) -> None:
+    open_cardiology(capsys, state)
+    shutil.copytree(state / "privacy", state / "old")
+    plan_id = draft(capsys, state)["plan_id"]
+    site = open_state(state)
+    Budget(site).reserve(charge_for(find_plan(site, plan_id).plan))
+    shutil.rmtree(state / "privacy")
+    again = ("ledger", "open-domain", "other", "--declared-by", "data-owner")
+    assert refusal(capsys, *again, "--state", state) == (3, "AG-STO-003")
+    shutil.copytree(state / "old", state / "privacy")
+    assert refusal(capsys, *again, "--state", state) == (1, "AG-PRV-069")
+    assert refusal(capsys, "ledger", "show", "--state", state) == (1, "AG-PRV-069")
+
+
+def test_people_are_registered_under_a_key_that_is_not_made_twice(state, capsys) -> None:
+    budget = Budget(open_state(state))
+    budget.population().enrol_people("cardiology", ["a", "b"])
+    with pytest.raises(RejectedError, match="AG-PRV-066"):
+        budget.population().enrol_people("fresh", ["b", "c"])
+    (state / "keys" / "population.key").unlink()
+    with pytest.raises(RejectedError, match="AG-PRV-067"):
+        budget.population()
