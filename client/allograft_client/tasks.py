@@ -19,6 +19,7 @@ import torch
 
 from allograft.crypto import canonical
 from allograft.errors import RejectedError
+from allograft.evaluate.audit import PersonTexts, Readings, judge, read_all
 from allograft.evaluate.bootstrap import paired_gain
 from allograft.evaluate.gate import GateRules, Outcome
 from allograft.evaluate.loss import Scoring, measure, prepare
@@ -30,6 +31,11 @@ from allograft.evaluate.trial import (
     run_trial,
     seal_state,
 )
+from allograft.privacy.dossier import write_gate
+from allograft.privacy.dp import DpConstants
+from allograft.privacy.memorisation import DpClaim
+from allograft.privacy.people import read_people
+from allograft.privacy.thresholds import AuditThresholds
 from allograft.provenance.lineage import describe_base
 from allograft.provenance.statement import write_base
 from allograft.recipes import export
@@ -49,18 +55,21 @@ from allograft.recipes.blocks import describe_model
 from allograft.recipes.documents import (
     Document,
     drop_near_duplicates,
+    group_persons,
     read_documents,
     split_documents,
 )
 from allograft.recipes.plan import LoopPlan, Step
 from allograft.recipes.snapshot import load_model, load_tokenizer
 from allograft.recipes.stack import Stack
-from allograft.recipes.windows import make_windows
+from allograft.recipes.windows import Windows, make_person_windows, make_windows
 
 Tell = Callable[[Mapping[str, Any]], None]
 Task = Mapping[str, canonical.Json]
 
 _HELD_OUT = 0.1
+# Of one person, in a mode without differential privacy: nobody's records may dominate.
+_MOST_WINDOWS = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +117,11 @@ def _train(task: Task, tell: Tell) -> dict[str, Any]:
     loaded = _load(task)
     workdir = Path(_text(task, "workdir"))
     plan = _read_plan(canonical.as_mapping(task["plan"]))
-    documents, held_out = _donor_split(task)
-    windows = make_windows(documents, loaded.tokenizer, _window(task, loaded), packed=True)
+    if task["people"]:
+        windows = _person_windows(task, plan, loaded)
+    else:
+        documents, _ = _donor_split(task)
+        windows = make_windows(documents, loaded.tokenizer, _window(task, loaded), packed=True)
 
     def progress(step: Step) -> None:
         tell({"stage": "training", "done": step.number, "of": step.steps, "loss": step.loss})
@@ -120,18 +132,33 @@ def _train(task: Task, tell: Tell) -> dict[str, Any]:
         "files": [path.name for path in extract.files],
         "facts": extract.facts.to_json(),
         "report": dict(extract.report),
-        "documents": len(documents),
-        "held_out_documents": len(held_out),
         "windows": len(windows),
         "device": str(loaded.model.device),
     }
+
+
+def _person_windows(task: Task, plan: Plan, loaded: _Loaded) -> Windows:
+    """Training text by person: those drawn for training, and the planted canaries.
+
+    Nothing is deduplicated: whether one person's record stays must not depend on another's.
+    """
+    people = read_people(Path(_text(task, "people")))
+    persons = group_persons(_private_documents(task))
+    texts = [persons[person] for person in people.split.train]
+    texts += [[Document(planted.text)] for planted in people.planted]
+    most = _MOST_WINDOWS if plan.private is None else plan.private.windows_per_person
+    return make_person_windows(texts, loaded.tokenizer, _window(task, loaded), most)
+
+
+def _private_documents(task: Task) -> list[Document]:
+    return read_documents(Path(_text(task, "data")), _text(task, "person_field"))
 
 
 def _evaluate(task: Task, tell: Tell) -> dict[str, Any]:
     """What the donor itself finds with the very bytes that will leave."""
     tell({"stage": "loading model"})
     loaded = _load(task)
-    _, held_out = _donor_split(task)
+    held_out = _held_out(task)
     scoring = Scoring()
     domain = prepare(_texts(held_out, task), loaded.tokenizer, loaded.model, scoring)
     retention = prepare(
@@ -153,6 +180,61 @@ def _evaluate(task: Task, tell: Tell) -> dict[str, Any]:
         gain, change = paired_gain(before, after), paired_gain(kept_before, kept)
         points.append({"dose": dose, "gain": asdict(gain), "retention_change": asdict(change)})
     return {"curve": points, "documents": before.documents, "retention": kept_before.documents}
+
+
+def _held_out(task: Task) -> list[Document]:
+    """What the donor did not train on: documents, or in a protected mode whole persons."""
+    if not task["people"]:
+        return _donor_split(task)[1]
+    people = read_people(Path(_text(task, "people")))
+    persons = group_persons(_private_documents(task))
+    return [document for person in people.split.holdout for document in persons[person]]
+
+
+def _audit(task: Task, tell: Tell) -> dict[str, Any]:
+    """Try to make the very bytes that would leave tell about people, and judge what came of it."""
+    tell({"stage": "loading model"})
+    loaded = _load(task)
+    people = read_people(Path(_text(task, "people")))
+    persons = group_persons(_private_documents(task))
+    texts = PersonTexts(
+        members=tuple(_whole(persons[person]) for person in people.audited_members),
+        others=tuple(_whole(persons[person]) for person in people.audited_others),
+    )
+    recipe, attachment = _fit(task, loaded)
+    tell({"stage": "auditing: the base"})
+    before = read_all(loaded.model, loaded.tokenizer, texts, people.canaries)
+    handle = recipe.attach(replace(attachment, dose=1.0), loaded.model)
+    try:
+        tell({"stage": "auditing: the packet"})
+        after = read_all(loaded.model, loaded.tokenizer, texts, people.canaries)
+    finally:
+        recipe.detach(handle)
+    tell({"stage": "auditing: judging"})
+    audit = judge(
+        Readings(texts, people.canaries, before, after),
+        trained=len(people.split.train),
+        claimed=_read_claim(task["claim"]),
+        thresholds=AuditThresholds.from_json(task["thresholds"]),
+    )
+    return {
+        "gates": [write_gate(gate) for gate in audit.gates],
+        "figures": {gate: dict(named) for gate, named in audit.figures.items()},
+        "exposure": [list(point) for point in audit.exposure],
+        "roc": [list(point) for point in audit.roc],
+    }
+
+
+def _whole(documents: Sequence[Document]) -> str:
+    """All text of one person."""
+    return "\n\n".join(document.text for document in documents)
+
+
+def _read_claim(value: canonical.Json) -> DpClaim | None:
+    if value is None:
+        return None
+    fields = canonical.as_object(value, {"epsilon", "delta"})
+    return DpClaim(canonical.as_number(fields["epsilon"]), canonical.as_number(fields["delta"]))
 
 
 def _try(task: Task, tell: Tell) -> dict[str, Any]:
@@ -228,6 +310,7 @@ _TASKS: dict[str, Callable[[Task, Tell], dict[str, Any]]] = {
     "describe": _describe,
     "train": _train,
     "evaluate": _evaluate,
+    "audit": _audit,
     "try": _try,
     "revert": _revert,
     "export": _export,
@@ -309,4 +392,5 @@ def _read_plan(fields: Mapping[str, canonical.Json]) -> Plan:
         checkpointing=canonical.as_bool(loop["checkpointing"]),
         snapshot_s=canonical.as_number(loop["snapshot_s"]),
     )
-    return Plan(made, plan)
+    private = fields["private"]
+    return Plan(made, plan, None if private is None else DpConstants.from_json(private))

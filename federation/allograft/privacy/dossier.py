@@ -123,7 +123,7 @@ class Dossier:
                     "mode": str(self.mode.mode),
                     "declaration": _write_declaration(self.mode.declaration),
                     "parts": [{"name": p.name, "bytes": p.size_bytes} for p in self.parts],
-                    "gates": [_write_gate(gate) for gate in self.gates],
+                    "gates": [write_gate(gate) for gate in self.gates],
                     "policy_digest": self.policy_digest,
                     "conditions_digest": self.conditions_digest,
                     "approvals_required": list(self.approvals_required),
@@ -234,7 +234,7 @@ def read_dossier(statement: bytes) -> Dossier:
             kind=_text(fields["kind"], _NAME),
             mode=mode,
             parts=_read_parts(subjects, fields["parts"]),
-            gates=tuple(_read_gate(entry) for entry in _bounded(fields["gates"])),
+            gates=tuple(read_gate(entry) for entry in _bounded(fields["gates"])),
             policy_digest=_text(fields["policy_digest"], _SHA256),
             conditions_digest=_text(fields["conditions_digest"], _SHA256),
             approvals_required=tuple(
@@ -310,7 +310,8 @@ def _read_declaration(value: canonical.Json) -> Declaration | None:
     return declare(canonical.as_text(fields["nature"]), canonical.as_text(fields["declared_by"]))
 
 
-def _write_gate(gate: GateResult) -> dict[str, canonical.Json]:
+def write_gate(gate: GateResult) -> dict[str, canonical.Json]:
+    """A result as a JSON object."""
     return {
         "name": gate.name,
         "version": gate.version,
@@ -357,7 +358,12 @@ def _read_parts(
     return tuple(parts)
 
 
-def _read_gate(value: canonical.Json) -> GateResult:
+def read_gate(value: canonical.Json) -> GateResult:
+    """Read a result.
+
+    Raises:
+        RejectedError: AG-PRV-030 or AG-IN-003 if malformed.
+    """
     fields = canonical.as_object(
         value, {"name", "version", "verdict", "figures", "cost_ms", "reason"}
     )

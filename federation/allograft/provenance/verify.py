@@ -37,6 +37,7 @@ from allograft.provenance.training import (
 
 DOSSIER_TYPE = "urn:allograft:dossier:v1"
 APPROVAL_TYPE = "urn:allograft:approval:v1"
+PLAN_TYPE = "urn:allograft:privacy-plan:v1"
 
 #: Every packet has each of these attestations once.
 REQUIRED_TYPES = frozenset(
@@ -68,6 +69,8 @@ class VerifiedManifest:
         statement_envelope_sha256: What seals, wraps and offer are bound to.
         dossier: The dossier's statement bytes, for the privacy policy to read.
         approvals: The statement bytes of each approval.
+        plan: The privacy plan's statement bytes, for the privacy policy to read; empty if the
+            packet has none.
     """
 
     statement: PacketStatement
@@ -76,6 +79,7 @@ class VerifiedManifest:
     evaluation: Evaluation
     dossier: bytes
     approvals: tuple[bytes, ...] = ()
+    plan: bytes = b""
 
 
 @dataclass(slots=True)
@@ -87,6 +91,7 @@ class _Sorted:
     resources: tuple[oms.Resource, ...] = ()
     statement_envelope_sha256: str = ""
     approvals: list[tuple[Statement, bytes]] = field(default_factory=list)
+    plan: bytes = b""
 
 
 def peek_donor(dispatch_envelope: bytes) -> str:
@@ -220,6 +225,7 @@ def check_attestations(attestations: bytes, keys: tuple[VerifyKey, ...]) -> Veri
         evaluation=read_evaluation(found.statements[TEST_RESULT_TYPE]),
         dossier=found.payloads[DOSSIER_TYPE],
         approvals=tuple(payload for _, payload in found.approvals),
+        plan=found.plan,
     )
 
 
@@ -237,6 +243,10 @@ def _sort(lines: tuple[bytes, ...], keys: tuple[VerifyKey, ...]) -> _Sorted:
         kind = statement.predicate_type
         if kind == APPROVAL_TYPE:
             found.approvals.append((statement, payload))
+            continue
+        if kind == PLAN_TYPE and not found.plan:
+            # Made before there was a payload: its subject is the base, and the dossier names it.
+            found.plan = payload
             continue
         if kind not in REQUIRED_TYPES or kind in found.statements:
             raise RejectedError("AG-PKT-006", "an attestation is of an unknown type or doubled")

@@ -41,6 +41,7 @@ class Training:
     losses: tuple[float, ...]
     resumed_at: int
     seconds: float  # of this process; a resumed run's earlier seconds are not in it
+    noise: str = ""  # generator of a private run's noise
 
 
 def train(
@@ -85,8 +86,8 @@ def train(
     losses: list[float] = []
     if snapshot is not None and snapshot.exists():
         losses = load_training(snapshot, run, parameters, optimizer)
-    fill = (
-        _plain_steps(forward, values, windows, plan)
+    fill, noise = (
+        (_plain_steps(forward, values, windows, plan), "")
         if private is None
         else _private_steps(forward, values, windows, plan, private)
     )
@@ -104,7 +105,7 @@ def train(
             saved = time.monotonic()
         if progress is not None:
             progress(Step(step + 1, plan.steps, loss, tokens))
-    return Training(tuple(losses), first, time.monotonic() - began)
+    return Training(tuple(losses), first, time.monotonic() - began, noise)
 
 
 #: Sets the gradients of a step; returns the loss in nats per token, and how many tokens it saw.
@@ -143,8 +144,8 @@ def _private_steps(
     windows: Windows,
     plan: LoopPlan,
     constants: DpConstants,
-) -> _Fill:
-    """Steps on persons drawn by chance, after a self-test; see `privacy.train`."""
+) -> tuple[_Fill, str]:
+    """Steps on persons drawn by chance, after a self-test, and their noise's generator."""
     if plan.steps != constants.steps:
         raise RejectedError("AG-RCP-035", "the loop has other steps than the privacy plan")
     device = parameters[0].device
@@ -171,7 +172,7 @@ def _private_steps(
         told = loss if math.isfinite(loss) else told  # nobody was drawn
         return told, 0
 
-    return fill
+    return fill, gradient.noise.name
 
 
 def token_losses(logits: torch.Tensor, tokens: torch.Tensor, lengths: torch.Tensor) -> torch.Tensor:

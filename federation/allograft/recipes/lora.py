@@ -274,4 +274,5 @@ def _train_adapter(
         "last_loss": training.losses[-1],
         "seconds": round(training.seconds, 3),
         "resumed_at": training.resumed_at,
+        "noise": training.noise,
     }

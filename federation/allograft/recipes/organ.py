@@ -244,6 +244,7 @@ def _train_organ(
         "last_loss": training.losses[-1],
         "seconds": round(training.seconds, 3),
         "resumed_at": training.resumed_at,
+        "noise": training.noise,
         "prefix": asdict(choice),
     }
 
