@@ -17,6 +17,7 @@ from allograft.crypto import keystore
 from allograft.crypto.keys import SealingKey, SigningKey
 from allograft.log.event import Event, EventName, sign_event
 from allograft.privacy.policy import Policy, read_policy
+from allograft.privacy.scan import check_envelope
 from allograft.provenance.statement import BaseModel, read_base
 from allograft_client.inbox import Inbox
 from allograft_client.outbox import Outbox
@@ -75,7 +76,12 @@ class Site:
             stem: The document's file name without `.json`.
             document: The document's envelope.
             about: `packet_id`, and where they apply `dispatch_id` and `outcome`.
+
+        Raises:
+            RejectedError: AG-PRV-021 if a string of the document looks like an identifier: what is
+                logged can never be taken back.
         """
+        check_envelope(document, stem)
         event = Event(
             event=name,
             actor=self.name,

@@ -646,6 +646,27 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
             "a privacy plan's constant looks as if it was derived from the data",
             "Choose public constants of at most three significant digits, before the data is read.",
         ),
+        "AG-PRV-070": ErrorCode(
+            "the site's identifier list cannot be read",
+            "Export it again as UTF-8 text or CSV: one identifier on each line or in each cell.",
+        ),
+        "AG-PRV-071": ErrorCode(
+            "the site's identifier list holds nothing that can be matched",
+            "Export names, record numbers, phones and street lines; dates and cities alone are no "
+            "list.",
+        ),
+        "AG-PRV-072": ErrorCode(
+            "the index of the private corpus is damaged or was made under another key",
+            "Build the index again from the corpus; an old one must not be used in its place.",
+        ),
+        "AG-PRV-073": ErrorCode(
+            "a text part of the payload cannot be read, so it cannot be judged",
+            "Write one strict JSON value on each line, UTF-8, at most 1 MiB a line.",
+        ),
+        "AG-PRV-074": ErrorCode(
+            "text that would leave the site repeats a passage of its private corpus",
+            "Take the passage out or write it anew from general knowledge; nothing has left.",
+        ),
         # --- AG-RCP: recipes, their training data and the stack of attachments ---
         "AG-RCP-001": ErrorCode(
             "no recipe for this kind of packet",
