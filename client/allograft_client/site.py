@@ -18,9 +18,11 @@ from allograft.crypto.keys import SealingKey, SigningKey
 from allograft.log.event import Event, EventName, sign_event
 from allograft.privacy.policy import Policy, read_policy
 from allograft.privacy.scan import check_envelope
+from allograft.privacy.signed_policy import check_signed
 from allograft.provenance.statement import BaseModel, read_base
 from allograft_client.inbox import Inbox
 from allograft_client.outbox import Outbox
+from allograft_client.policy_desk import read_signature
 from allograft_client.rows import ModelRow
 from allograft_client.runner import Runner
 from allograft_client.settings import Home, Settings
@@ -57,6 +59,14 @@ class Site:
             RejectedError: AG-PRV-001 if there is none: nothing leaves and nothing attaches.
         """
         return read_policy(self.home.policy_file)
+
+    def check_signed_policy(self, mode: str, policy: Policy) -> None:
+        """Refuse a mode whose policy is not the one that was signed.
+
+        Raises:
+            RejectedError: AG-PRV-006 to -008; never for mode `open`.
+        """
+        check_signed(mode, policy, read_signature(self.home), (self.key.public,))
 
     def sealing_key(self) -> SealingKey:
         """The key that opens what is sealed for us; read when needed."""

@@ -593,6 +593,25 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
             "the site's policy does not allow this packet to be received",
             "Change the [receive] section of policy.toml, if the site decides so.",
         ),
+        "AG-PRV-006": ErrorCode(
+            "the policy is not signed, and this privacy mode needs a signed one",
+            "Let the responsible role read policy.toml and run "
+            "`allograft-site policy sign --role ROLE`.",
+        ),
+        "AG-PRV-007": ErrorCode(
+            "the policy file differs from the one that was signed",
+            "See what became weaker with `allograft-site policy check`, then restore the file or "
+            "sign it anew.",
+        ),
+        "AG-PRV-008": ErrorCode(
+            "the policy's signature is malformed or not by this site's key",
+            "Sign the policy again with `allograft-site policy sign --role ROLE`.",
+        ),
+        "AG-PRV-009": ErrorCode(
+            "the policy asks for less than the privacy mode needs",
+            "For measured: name two different roles in donate.approvals and every site in "
+            "donate.recipients.",
+        ),
         "AG-PRV-010": ErrorCode(
             "the privacy mode is unknown",
             "Use one of: open, measured, strict.",
