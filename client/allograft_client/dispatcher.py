@@ -22,7 +22,7 @@ from allograft.packet.container import Recipient, SealPlan, join_attestations, s
 from allograft.privacy.dossier import Approval, Dossier, approve, verify_approval, verify_dossier
 from allograft.privacy.egress import seal_release
 from allograft.privacy.release import check_release
-from allograft.privacy.scan import check_strings
+from allograft.privacy.scan import check_envelope, check_strings
 from allograft.provenance.dispatch import sign_dispatch
 from allograft.provenance.statement import PacketStatement
 from allograft.provenance.verify import check_attestations
@@ -48,6 +48,7 @@ def approve_packet(site: Site, packet_id: str, role: str) -> None:
     dossier = _dossier(site, packet_id)
     approval = approve(dossier, role, canonical.format_time(site.now()))
     signed = dsse.sign(approval.to_statement(), dsse.IN_TOTO, [site.key]).to_bytes()
+    check_envelope(signed, "approval")
     directory = site.packet_path(packet_id, "approvals")
     directory.mkdir(mode=0o700, exist_ok=True)
     path = directory / f"{role}.json"

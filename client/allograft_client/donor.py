@@ -27,6 +27,7 @@ from allograft.packet.tensors import check_file
 from allograft.privacy.dossier import Dossier, PayloadPart, Software
 from allograft.privacy.egress import WIRE_DTYPES, rebuild_file, with_wire_dtype
 from allograft.privacy.gates import Submission, check_results, run_gates
+from allograft.privacy.scan import check_envelope
 from allograft.privacy.shapes import allow_list, read_base
 from allograft.provenance.intoto import Statement
 from allograft.provenance.statement import (
@@ -182,15 +183,16 @@ class _Donation:
         resources = [oms.Resource(part.name, part.sha256) for part in packet.parts]
         statement = sign_packet_statement(packet, key)
         signed_dossier = dsse.sign(dossier.to_statement(), dsse.IN_TOTO, [key]).to_bytes()
-        attestations = container.join_attestations(
-            [
-                oms.sign_bundle(resources, key),
-                statement,
-                sign_training(run, packet.subjects, key),
-                sign_evaluation(judged, packet.subjects, key),
-                signed_dossier,
-            ]
-        )
+        evidence = [
+            statement,
+            sign_training(run, packet.subjects, key),
+            sign_evaluation(judged, packet.subjects, key),
+            signed_dossier,
+        ]
+        for envelope in evidence:
+            # The gate saw what people write; this is every string of the bytes that are signed.
+            check_envelope(envelope, "the packet's evidence")
+        attestations = container.join_attestations([oms.sign_bundle(resources, key), *evidence])
         check_attestations(attestations, (key.public,))
         durable_write(self._directory / "dossier.json", signed_dossier)
         self._record(packet, dossier, judged, statement, extract)

@@ -22,7 +22,7 @@ from allograft.cli import shell
 from allograft.cli.shell import Format, FormatOption, emit
 from allograft.crypto import canonical
 from allograft.errors import RejectedError
-from allograft_client import doctor, main_model, main_packet, main_privacy, requests
+from allograft_client import doctor, main_model, main_packet, main_policy, main_privacy, requests
 from allograft_client.contact import is_silent, last_heard
 from allograft_client.membership import (
     Membership,
@@ -42,6 +42,7 @@ app.add_typer(main_model.app, name="model")
 app.add_typer(main_packet.packet_app, name="packet")
 app.add_typer(main_privacy.plan_app, name="plan")
 app.add_typer(main_privacy.ledger_app, name="ledger")
+app.add_typer(main_policy.app, name="policy")
 for _command in (
     main_packet.donate,
     main_packet.approve,

@@ -22,6 +22,7 @@ from allograft.durable import durable_write, storage_errors
 from allograft.errors import RejectedError, UnavailableError
 from allograft.limits import LIMITS
 from allograft.plainfile import read_plain
+from allograft.privacy.scan import check_strings
 from allograft.roster.client import RosterClient
 from allograft.roster.enrolment import SiteKeys, fingerprint, request_site
 from allograft.roster.invitation import Invitation
@@ -64,11 +65,13 @@ def create_site(home: Home, site: str, valid_days: int) -> NewSite:
     """Make keys, settings and an enrolment request; goes on where an interrupted call stopped.
 
     Raises:
-        RejectedError: AG-SIT-001 for the name, AG-SIT-013 if there is a site already, AG-KEY-* if
-            a key that an interrupted call left is exposed or malformed.
+        RejectedError: AG-SIT-001 or AG-PRV-021 for the name, AG-SIT-013 if there is a site already,
+            AG-KEY-* if a key that an interrupted call left is exposed or malformed.
         UnavailableError: AG-STO-001 if the disk is full.
     """
     check_site_name(site)
+    # The name stands in every document from now on, so it is asked once, here.
+    check_strings(site, "the site's name")
     if home.settings_file.exists():
         raise RejectedError("AG-SIT-013", f"{home.root} holds site {home.settings().site}")
     home.make_directories()

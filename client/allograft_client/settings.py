@@ -64,6 +64,11 @@ class Home:
         return self.root / "policy.toml"
 
     @property
+    def policy_signature(self) -> Path:
+        """`policy.toml.sig`: the last signed policy, with the role that signed it."""
+        return self.root / "policy.toml.sig"
+
+    @property
     def invitation_file(self) -> Path:
         """`invitation.json`; absent until the site has joined."""
         return self.root / "invitation.json"

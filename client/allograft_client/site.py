@@ -17,9 +17,12 @@ from allograft.crypto import keystore
 from allograft.crypto.keys import SealingKey, SigningKey
 from allograft.log.event import Event, EventName, sign_event
 from allograft.privacy.policy import Policy, read_policy
+from allograft.privacy.scan import check_envelope
+from allograft.privacy.signed_policy import check_signed
 from allograft.provenance.statement import BaseModel, read_base
 from allograft_client.inbox import Inbox
 from allograft_client.outbox import Outbox
+from allograft_client.policy_desk import read_signature
 from allograft_client.rows import ModelRow
 from allograft_client.runner import Runner
 from allograft_client.settings import Home, Settings
@@ -57,6 +60,14 @@ class Site:
         """
         return read_policy(self.home.policy_file)
 
+    def check_signed_policy(self, mode: str, policy: Policy) -> None:
+        """Refuse a mode whose policy is not the one that was signed.
+
+        Raises:
+            RejectedError: AG-PRV-006 to -008; never for mode `open`.
+        """
+        check_signed(mode, policy, read_signature(self.home), (self.key.public,))
+
     def sealing_key(self) -> SealingKey:
         """The key that opens what is sealed for us; read when needed."""
         return keystore.read_sealing_key(self.home.path("keys", "sealing.key"))
@@ -75,7 +86,12 @@ class Site:
             stem: The document's file name without `.json`.
             document: The document's envelope.
             about: `packet_id`, and where they apply `dispatch_id` and `outcome`.
+
+        Raises:
+            RejectedError: AG-PRV-021 if a string of the document looks like an identifier: what is
+                logged can never be taken back.
         """
+        check_envelope(document, stem)
         event = Event(
             event=name,
             actor=self.name,

@@ -593,6 +593,25 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
             "the site's policy does not allow this packet to be received",
             "Change the [receive] section of policy.toml, if the site decides so.",
         ),
+        "AG-PRV-006": ErrorCode(
+            "the policy is not signed, and this privacy mode needs a signed one",
+            "Let the responsible role read policy.toml and run "
+            "`allograft-site policy sign --role ROLE`.",
+        ),
+        "AG-PRV-007": ErrorCode(
+            "the policy file differs from the one that was signed",
+            "See what became weaker with `allograft-site policy check`, then restore the file or "
+            "sign it anew.",
+        ),
+        "AG-PRV-008": ErrorCode(
+            "the policy's signature is malformed or not by this site's key",
+            "Sign the policy again with `allograft-site policy sign --role ROLE`.",
+        ),
+        "AG-PRV-009": ErrorCode(
+            "the policy asks for less than the privacy mode needs",
+            "For measured: name two different roles in donate.approvals and every site in "
+            "donate.recipients.",
+        ),
         "AG-PRV-010": ErrorCode(
             "the privacy mode is unknown",
             "Use one of: open, measured, strict.",
@@ -713,6 +732,27 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
             "the privacy ledger is shorter than it was: it was cut or rolled back",
             "Restore the newest copy; until then nothing can be spent. Never start a new ledger "
             "for the same people.",
+        ),
+        "AG-PRV-070": ErrorCode(
+            "the site's identifier list cannot be read",
+            "Export it again as UTF-8 text or CSV: one identifier on each line or in each cell.",
+        ),
+        "AG-PRV-071": ErrorCode(
+            "the site's identifier list holds nothing that can be matched",
+            "Export names, record numbers, phones and street lines; dates and cities alone are no "
+            "list.",
+        ),
+        "AG-PRV-072": ErrorCode(
+            "the index of the private corpus is damaged or was made under another key",
+            "Build the index again from the corpus; an old one must not be used in its place.",
+        ),
+        "AG-PRV-073": ErrorCode(
+            "a text part of the payload cannot be read, so it cannot be judged",
+            "Write one strict JSON value on each line, UTF-8, at most 1 MiB a line.",
+        ),
+        "AG-PRV-074": ErrorCode(
+            "text that would leave the site repeats a passage of its private corpus",
+            "Take the passage out or write it anew from general knowledge; nothing has left.",
         ),
         "AG-PRV-075": ErrorCode(
             "an audit shows that a model tells about the people it was trained on",

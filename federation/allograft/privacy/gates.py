@@ -13,7 +13,7 @@ import math
 import os
 import stat
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,18 @@ from allograft.packet.kinds import find_kind
 from allograft.packet.tensors import CheckedTensors, check_file, check_shapes
 from allograft.privacy.dossier import GateResult, GateVerdict
 from allograft.privacy.egress import WIRE_DTYPES, AllowList, WireDtype
-from allograft.privacy.scan import RULES_VERSION, describe_counts, scan_texts, strings_of
+from allograft.privacy.scan import (
+    RULES_VERSION,
+    Matcher,
+    describe_counts,
+    record_text,
+    scan_texts,
+    strings_of,
+)
+
+#: Parts of this name hold text: strict JSON, one record on each line of at most this size.
+TEXT_SUFFIX = ".jsonl"
+RECORD_BYTES = 1 << 20
 
 #: What a gate measured, to be reported whether it passes or not.
 Figures = dict[str, float]
@@ -39,6 +50,7 @@ class Submission:
         allowed: The tensors its file must hold.
         wire_dtype: Their number format.
         documents: Every document that would leave, by what it is: statements, offer, provenance.
+        matchers: What the site knows beyond patterns; only a site has any.
     """
 
     kind: str
@@ -46,6 +58,7 @@ class Submission:
     allowed: AllowList
     wire_dtype: WireDtype
     documents: tuple[tuple[str, canonical.Json], ...]
+    matchers: tuple[Matcher, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,20 +135,54 @@ def _judge_type(submission: Submission, figures: Figures) -> None:
 
 
 def _judge_text(submission: Submission, figures: Figures) -> None:
-    """G2: no string of any document looks like an identifier of a person."""
-    strings = 0
+    """G2: no string of any document and no record of a text part looks like an identifier."""
     findings = []
-    for what, document in submission.documents:
-        texts = list(strings_of(document))
-        strings += len(texts)
-        counts = scan_texts(texts)
+    # A recipient sees from the figures whether more than patterns was asked; never how much.
+    figures |= {matcher.name: 1 for matcher in submission.matchers}
+    figures["strings"] = 0
+
+    def judge(what: str, texts: Sequence[str], dates: bool) -> None:
+        counts = scan_texts(texts, dates=dates, matchers=submission.matchers)
+        figures["strings"] += len(texts)
         for rule, count in counts.items():
             figures[rule] = figures.get(rule, 0) + count
         if counts:
             findings.append(f"{what}: {describe_counts(counts)}")
-    figures["strings"] = strings
+
+    for what, document in submission.documents:
+        judge(what, list(strings_of(document)), dates=False)
+    for name in find_kind(submission.kind).parts:
+        if name.endswith(TEXT_SUFFIX):
+            for number, record in enumerate(_records(submission.payload / name), 1):
+                # A text payload carries dates of people, not times of documents.
+                judge(f"{name} line {number}", [record_text(record)], dates=True)
     if findings:
-        raise RejectedError("AG-PRV-021", "; ".join(findings)[:400])
+        raise RejectedError(_text_code(figures), "; ".join(findings)[:400])
+
+
+def _text_code(figures: Figures) -> str:
+    return "AG-PRV-074" if "private-passage" in figures else "AG-PRV-021"
+
+
+def _records(path: Path) -> Iterator[canonical.Json]:
+    """The records of a text part, one JSON value on each line.
+
+    Raises:
+        RejectedError: AG-PRV-073 for a line that is too long or no strict JSON: what cannot be read
+            cannot be judged.
+    """
+    with path.open("rb") as handle:
+        number = 0
+        while line := handle.readline(RECORD_BYTES + 1):
+            number += 1
+            if len(line) > RECORD_BYTES:
+                raise RejectedError("AG-PRV-073", f"{path.name}: line {number} is too long")
+            try:
+                yield canonical.loads(line)
+            except RejectedError as error:
+                raise RejectedError(
+                    "AG-PRV-073", f"{path.name}: line {number} is not strict JSON"
+                ) from error
 
 
 def _judge_structure(submission: Submission, figures: Figures) -> None:

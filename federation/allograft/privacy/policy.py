@@ -15,7 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 from allograft.crypto import canonical
 from allograft.errors import RejectedError
@@ -24,6 +31,9 @@ from allograft.plainfile import read_plain
 
 #: Stands for every site of the roster in `recipients` and `donors`.
 ANY_SITE = "*"
+
+#: Modes whose policy must be signed.
+AUDITED_MODES = frozenset({"measured", "strict"})
 
 _FILE_BYTES = 64 << 10
 
@@ -98,11 +108,44 @@ class ReceiptPolicy(_Section):
     share_figures: bool = False
 
 
+class AuditPolicy(_Section):
+    """What the modes `strict` and `measured` ask for; `open` asks for nothing of it.
+
+    Attributes:
+        thresholds_version: Version of the audits' thresholds that this site decided on.
+        min_population_dp: Fewest persons behind a packet that was made with differential privacy.
+        min_population: Fewest persons behind one that was made without.
+        donation_epsilon: Largest epsilon of one donation.
+        domain_epsilon: Largest epsilon of all donations of a data domain together, for ever.
+        max_delta: Largest delta of a donation.
+        measured_approvals: Fewest roles that must agree to a packet of mode `measured`. One role
+            is one pair of eyes, so there are never fewer than two.
+    """
+
+    thresholds_version: int = Field(default=1, ge=1, le=1_000_000)
+    min_population_dp: int = Field(default=500, ge=10, le=1 << 40)
+    min_population: int = Field(default=2000, ge=10, le=1 << 40)
+    # Above ten there is no meaningful formal guarantee (arXiv 2303.00654), so no policy allows it.
+    donation_epsilon: float = Field(default=3.0, gt=0.0, le=10.0, allow_inf_nan=False)
+    domain_epsilon: float = Field(default=8.0, gt=0.0, le=10.0, allow_inf_nan=False)
+    max_delta: float = Field(default=1e-5, gt=0.0, le=1e-4, allow_inf_nan=False)
+    measured_approvals: int = Field(default=2, ge=2, le=16)
+
+    @model_validator(mode="after")
+    def _check_order(self) -> AuditPolicy:
+        if self.donation_epsilon > self.domain_epsilon:
+            raise ValueError("donation_epsilon is larger than domain_epsilon")
+        if self.min_population_dp > self.min_population:
+            raise ValueError("min_population_dp is larger than min_population")
+        return self
+
+
 class _File(_Section):
     version: int = Field(ge=1, le=1)
     donate: DonatePolicy = DonatePolicy()
     receive: ReceivePolicy = ReceivePolicy()
     receipt: ReceiptPolicy = ReceiptPolicy()
+    audit: AuditPolicy = AuditPolicy()
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +155,7 @@ class Policy:
     donate: DonatePolicy
     receive: ReceivePolicy
     receipt: ReceiptPolicy
+    audit: AuditPolicy
     digest: str
 
     @property
@@ -119,19 +163,32 @@ class Policy:
         """SHA-256 (hex) of what gates and approvals of a donation rely on.
 
         Recipients and dispatch are left out: they are judged afresh at every release, so adding
-        a recipient does not void what was approved.
+        a recipient does not void what was approved. The audit section counts where a mode uses it.
         """
         conditions = self.donate.model_dump(mode="json", exclude={"recipients", "dispatch"})
+        if not AUDITED_MODES.isdisjoint(self.donate.modes):
+            conditions["audit"] = self.audit.model_dump(mode="json")
         return hashlib.sha256(canonical.dumps(conditions)).hexdigest()
+
+    def check_mode(self, mode: str) -> None:
+        """Refuse a privacy mode that the site does not use, or whose demands it does not meet.
+
+        Raises:
+            RejectedError: AG-PRV-003, or AG-PRV-009 for a mode that needs more than this policy
+                asks for.
+        """
+        if mode not in self.donate.modes:
+            raise RejectedError("AG-PRV-003", "the privacy mode is not in donate.modes")
+        if mode == "measured":
+            self._check_measured()
 
     def check_donation(self, mode: str, kind: str, payload_bytes: int = 0) -> None:
         """Refuse a donation that the site does not make.
 
         Raises:
-            RejectedError: AG-PRV-003.
+            RejectedError: AG-PRV-003 or AG-PRV-009.
         """
-        if mode not in self.donate.modes:
-            raise RejectedError("AG-PRV-003", "the privacy mode is not in donate.modes")
+        self.check_mode(mode)
         if kind not in self.donate.kinds:
             raise RejectedError("AG-PRV-003", "the kind is not in donate.kinds")
         if payload_bytes > self.donate.max_payload_bytes:
@@ -140,6 +197,18 @@ class Policy:
                 f"payload of {payload_bytes} bytes, donate.max_payload_bytes is "
                 f"{self.donate.max_payload_bytes}",
             )
+
+    def _check_measured(self) -> None:
+        """Without a formal guarantee, two roles and a list of recipients are what is left."""
+        roles = len(set(self.donate.approvals))
+        if roles < self.audit.measured_approvals:
+            raise RejectedError(
+                "AG-PRV-009",
+                f"mode measured needs {self.audit.measured_approvals} roles in donate.approvals, "
+                f"there are {roles}",
+            )
+        if ANY_SITE in self.donate.recipients or not self.donate.recipients:
+            raise RejectedError("AG-PRV-009", "mode measured needs named donate.recipients, no `*`")
 
     def check_recipients(self, recipients: Iterable[str]) -> None:
         """Refuse a dispatch to a site that is not named in the policy.
@@ -188,8 +257,17 @@ def read_policy(path: Path) -> Policy:
         RejectedError: AG-PRV-001 if there is no file, AG-PRV-002 if it cannot be read or holds
             anything but a policy.
     """
+    return parse_policy(read_policy_bytes(path))
+
+
+def read_policy_bytes(path: Path) -> bytes:
+    """The bytes of a site's policy file, which is what a signature is over.
+
+    Raises:
+        RejectedError: As `read_policy`, for a file that cannot be read.
+    """
     try:
-        content = read_plain(path, _FILE_BYTES)
+        return read_plain(path, _FILE_BYTES)
     except FileNotFoundError as error:
         raise RejectedError("AG-PRV-001", f"{path.name} does not exist") from error
     except OSError as error:
@@ -197,7 +275,6 @@ def read_policy(path: Path) -> Policy:
         raise RejectedError("AG-PRV-002", f"{path.name}: {error.strerror}") from error
     except RejectedError as error:
         raise RejectedError("AG-PRV-002", error.cause) from error
-    return parse_policy(content)
 
 
 def parse_policy(content: bytes) -> Policy:
@@ -219,4 +296,4 @@ def parse_policy(content: bytes) -> Policy:
         where = ".".join(str(step)[:64] for step in first["loc"]) or "the file"
         raise RejectedError("AG-PRV-002", f"{where}: {first['msg']}") from error
     digest = hashlib.sha256(content).hexdigest()
-    return Policy(file.donate, file.receive, file.receipt, digest)
+    return Policy(file.donate, file.receive, file.receipt, file.audit, digest)
