@@ -21,7 +21,9 @@ from allograft.limits import LIMITS
 from allograft.packet import container
 from allograft.packet.container import Opener
 from allograft.packet.header import Header
+from allograft.privacy.accountant import epsilon_by_rdp
 from allograft.privacy.dossier import read_dossier
+from allograft.privacy.plan import read_plan
 from allograft.privacy.policy import Policy, Reception
 from allograft.provenance.lineage import compare_bases
 from allograft.provenance.statement import PacketStatement
@@ -109,10 +111,12 @@ def check_policy(policy: Policy, manifest: VerifiedManifest) -> None:
     """Compare a verified packet with what the policy receives.
 
     Raises:
-        RejectedError: AG-PRV-005 if the policy says no, AG-PRV-030 for a malformed dossier.
+        RejectedError: AG-PRV-005 if the policy says no, AG-PRV-030 for a malformed dossier,
+            AG-PRV-011 or -013 if its claim of privacy is not what its plan gives.
     """
     statement = manifest.statement
     dossier = read_dossier(manifest.dossier)
+    check_claim(manifest)
     permissions = {
         name for name in ("merge", "distil", "redonate") if getattr(statement.licence, name)
     }
@@ -124,6 +128,31 @@ def check_policy(policy: Policy, manifest: VerifiedManifest) -> None:
             permissions=frozenset(permissions),
         )
     )
+
+
+def check_claim(manifest: VerifiedManifest) -> None:
+    """Hold the dossier's claim of privacy against the signed plan, and recompute its ε.
+
+    Raises:
+        RejectedError: AG-PRV-011 if there is no such plan, AG-PRV-013 for a false claim, AG-PRV-05x
+            for a malformed plan.
+    """
+    dossier = read_dossier(manifest.dossier)
+    claim = dossier.privacy
+    if claim is None:
+        return
+    if hashlib.sha256(manifest.plan).hexdigest() != claim.plan_digest:
+        raise RejectedError("AG-PRV-011", "the plan that the dossier names is not with the packet")
+    plan = read_plan(manifest.plan)
+    statement = manifest.statement
+    planned = (plan.donor, plan.kind, plan.base_digest, plan.mode, plan.constants)
+    made = (
+        statement.donor, statement.kind, statement.base.weights_digest, dossier.mode.mode,
+        claim.constants,
+    )  # fmt: skip
+    if planned != made:
+        raise RejectedError("AG-PRV-011", "the packet was made otherwise than its plan says")
+    claim.check(lambda constants: epsilon_by_rdp([constants], constants.delta))
 
 
 def judge_base(statement: PacketStatement, model: ModelRow) -> Verdict:

@@ -32,6 +32,7 @@ from allograft.routing.receipt import verify_receipt
 from allograft.routing.route import Route, verify_route
 from allograft.routing.withdrawal import Withdrawal, sign_withdrawal
 from allograft_client.donor import read_own_statement
+from allograft_client.protected import record_release
 from allograft_client.rows import ReceiptRow
 from allograft_client.site import Site
 
@@ -152,9 +153,9 @@ def dispatch_packet(
     _check_proposed(row.facts.get("proposals", []), recipients)
     statement = read_own_statement(site, packet_id)
     dossier = _dossier(site, packet_id)
-    release = check_release(
-        dossier.mode, site.policy(), dossier, _approvals(site, packet_id), recipients
-    )
+    policy = site.policy()
+    site.check_signed_policy(str(dossier.mode.mode), policy)
+    release = check_release(dossier.mode, policy, dossier, _approvals(site, packet_id), recipients)
     plan = SealPlan(
         packet_id=packet_id,
         dispatch_id=dispatch_id,
@@ -168,6 +169,7 @@ def dispatch_packet(
         ),
     )
     payload, attestations = site.packet_path(packet_id, "payload"), _attestations(site, packet_id)
+    record_release(site, packet_id, release.mode, policy.donate.approvals)
     with site.outbox.draft() as draft, storage_errors("the outbox"):
         header = seal_release(release, payload, attestations, plan, draft)
         header_bytes = (draft / "header.json").read_bytes()

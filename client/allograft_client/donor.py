@@ -48,10 +48,14 @@ from allograft.provenance.training import (
 )
 from allograft.provenance.verify import check_attestations
 from allograft_client.plan import DonationPlan
+from allograft_client.protected import Findings, ProtectedRun, find_signed_plan, thresholds_of
 from allograft_client.rows import PacketRow
 from allograft_client.runner import Progress
 from allograft_client.site import Site, model_base
 from allograft_client.store import now_text
+
+#: The evaluation of a packet from private data: what it found would be a statistic of the data.
+_WITHHELD = Evaluation(result="WARNED", configuration=("figures stay at the donor's site",))
 
 _PROGRAMS = ("allograft", "torch", "transformers", "peft", "safetensors", "cryptography")
 
@@ -65,8 +69,12 @@ def plan_donation(site: Site, plan: DonationPlan) -> tuple[str, int]:
         UnavailableError: AG-STO-005 if there is no such data.
     """
     plan.check()
-    site.policy().check_donation(plan.mode, plan.kind)
+    policy = site.policy()
+    policy.check_donation(plan.mode, plan.kind)
+    site.check_signed_policy(plan.mode, policy)
     site.store.model(plan.model)
+    if plan.is_protected:
+        find_signed_plan(site, plan)
     if not plan.data.is_file():
         raise UnavailableError("AG-STO-005", f"--data: there is no file {plan.data}")
     packet_id = secrets.token_hex(16)
@@ -82,7 +90,11 @@ def plan_donation(site: Site, plan: DonationPlan) -> tuple[str, int]:
                 state="training",
                 code="",
                 reason="planned; training has not begun",
-                facts={"domain": plan.domain, "mode": plan.mode},
+                facts={
+                    "domain": plan.domain,
+                    "mode": plan.mode,
+                    "privacy_plan": plan.privacy_plan,
+                },
                 time=now_text(),
             )
         )
@@ -99,15 +111,18 @@ def donate(site: Site, packet_id: str, plan: DonationPlan, tell: Progress) -> No
     """
     policy = site.policy()
     policy.check_donation(plan.mode, plan.kind)
+    site.check_signed_policy(plan.mode, policy)
     directory = site.packet_path(packet_id)
     directory.mkdir(mode=0o700, exist_ok=True)
     donation = _Donation(site, packet_id, plan, directory, tell)
+    donation.prepare()
     extract = donation.step("extract.json", donation.train)
     facts = donation.rebuild(extract)
     evaluation = donation.step("evaluation.json", lambda: donation.evaluate(facts))
+    findings = donation.examine(facts)
     if not (directory / "attestations.jsonl").exists():
         tell({"stage": "signing the evidence and running the gates"})
-        donation.build(facts, extract, evaluation)
+        donation.build(facts, extract, evaluation, findings)
     shutil.rmtree(directory / "work", ignore_errors=True)
 
 
@@ -123,6 +138,14 @@ class _Donation:
         self._directory = directory
         self._tell = tell
         self._model = site.store.model(plan.model)
+        self._protected = (
+            ProtectedRun(site, packet_id, plan, directory, tell) if plan.is_protected else None
+        )
+
+    def prepare(self) -> None:
+        """What private data needs before the first gradient."""
+        if self._protected is not None:
+            self._protected.prepare()
 
     def step(self, name: str, work: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
         """Do a step once: its result is kept as a file."""
@@ -167,19 +190,36 @@ class _Donation:
             },
         )
 
+    def examine(self, facts: Mapping[str, canonical.Json]) -> Findings | None:
+        """Audit the rebuilt payload of private data."""
+        if self._protected is None:
+            return None
+        claim = self._protected.claim_for_audit()
+        thresholds = thresholds_of(self._site.policy())
+        task = {
+            "payload": str(self._directory / "payload"),
+            "facts": dict(facts),
+            "packet_id": self._packet_id,
+            "claim": None if claim is None else {"epsilon": claim.epsilon, "delta": claim.delta},
+            "thresholds": thresholds.to_json(),
+        }
+        return self._protected.judge(self.step("audit.json", lambda: self._run("audit", task)))
+
     def build(
         self,
         facts: Mapping[str, canonical.Json],
         extract: Mapping[str, Any],
         evaluation: Mapping[str, Any],
+        findings: Findings | None,
     ) -> None:
         """Sign the statements, run the gates, and record the packet as ready for approval."""
         key = self._site.key
         packet = self._statement(facts, evaluation)
         run = self._training_run(extract)
-        judged = _judge(evaluation, packet.dose)
+        measured = _judge(evaluation, _choose_dose(evaluation))
+        judged = _WITHHELD if self._protected else measured
         documents = _documents(packet, run, judged)
-        dossier = self._dossier(packet, facts, documents)
+        dossier = self._dossier(packet, facts, documents, findings, extract)
         resources = [oms.Resource(part.name, part.sha256) for part in packet.parts]
         statement = sign_packet_statement(packet, key)
         signed_dossier = dsse.sign(dossier.to_statement(), dsse.IN_TOTO, [key]).to_bytes()
@@ -192,10 +232,12 @@ class _Donation:
         for envelope in evidence:
             # The gate saw what people write; this is every string of the bytes that are signed.
             check_envelope(envelope, "the packet's evidence")
+        if self._protected is not None:
+            evidence.append(self._protected.plan_envelope)
         attestations = container.join_attestations([oms.sign_bundle(resources, key), *evidence])
         check_attestations(attestations, (key.public,))
         durable_write(self._directory / "dossier.json", signed_dossier)
-        self._record(packet, dossier, judged, statement, extract)
+        self._record(packet, dossier, measured, statement, extract)
         # Last: its presence says that everything before it is on disk.
         durable_write(self._directory / "attestations.jsonl", attestations)
 
@@ -214,8 +256,8 @@ class _Donation:
             not_after=canonical.format_time(packet.not_after),
             language=packet.language,
             dose=packet.dose.default,
+            # For this site's own people; in a protected mode the only place where it stands.
             evaluation={"result": judged.result, **judged.figures},
-            gates=[{"name": g.name, "verdict": str(g.verdict)} for g in dossier.gates],
             approvals_required=list(dossier.approvals_required),
             training=extract["report"],
         )
@@ -230,6 +272,8 @@ class _Donation:
             "seed": self._plan.seed,
             "window_tokens": self._plan.window_tokens,
             "max_documents": self._plan.max_documents,
+            "people": str(self._protected.people_file) if self._protected else "",
+            "person_field": self._plan.person_field,
         }
         name = f"{task}-{self._packet_id}"
         return self._site.runner.run(name, {**common, **extra}, self._tell)
@@ -254,7 +298,8 @@ class _Donation:
             base=model_base(self._model),
             parts=parts,
             facts=facts,
-            dose=_choose_dose(evaluation),
+            # A dose chosen by private text would be one more thing that it tells.
+            dose=Dose(1.0) if self._protected else _choose_dose(evaluation),
             wire_dtype=WIRE_DTYPES[self._site.policy().donate.wire_dtype],
             domain=plan.domain,
             language=plan.language,
@@ -276,16 +321,23 @@ class _Donation:
             parameters=self._plan.public_json(),
             base_digest=model_base(self._model).weights_digest,
             data_commitment=commit_data(data_sha256, salt.read_bytes()),
-            started=_time(extract["started"]),
-            finished=_time(extract["finished"]),
+            started=self._told(extract["started"]),
+            finished=self._told(extract["finished"]),
             software={software.name: software.version for software in _software()},
         )
+
+    def _told(self, text: str) -> datetime:
+        """A time of training as it is published: how long it took depends on the data."""
+        moment = canonical.parse_time(text)
+        return moment.replace(minute=0, second=0) if self._protected else moment
 
     def _dossier(
         self,
         packet: PacketStatement,
         facts: Mapping[str, canonical.Json],
         documents: tuple[tuple[str, canonical.Json], ...],
+        findings: Findings | None,
+        extract: Mapping[str, Any],
     ) -> Dossier:
         policy = self._site.policy()
         submission = Submission(
@@ -296,18 +348,30 @@ class _Donation:
             documents=documents,
         )
         gates = run_gates(submission)
+        if findings is not None:
+            gates = tuple(sorted((*gates, *findings.gates), key=lambda gate: gate.name))
+        self._site.store.add_packet_facts(
+            self._packet_id,
+            gates=[{"name": g.name, "verdict": str(g.verdict), "reason": g.reason} for g in gates],
+        )
         check_results(gates)
+        parts = tuple(PayloadPart(p.name, p.size_bytes, p.sha256) for p in packet.parts)
+        claim = None
+        if self._protected is not None:
+            claim = self._protected.conclude(parts, str(extract["report"]["noise"]))
         return Dossier(
             packet_id=packet.packet_id,
             kind=packet.kind,
             mode=self._plan.admitted(),
-            parts=tuple(PayloadPart(p.name, p.size_bytes, p.sha256) for p in packet.parts),
+            parts=parts,
             gates=gates,
             policy_digest=policy.digest,
             conditions_digest=policy.conditions_digest,
             approvals_required=policy.donate.approvals,
             software=_software(),
             created=canonical.format_time(packet.created),
+            privacy=claim,
+            report_digest=findings.report.digest if findings is not None else "",
         )
 
 
@@ -390,7 +454,3 @@ def _software() -> tuple[Software, ...]:
         except PackageNotFoundError:
             continue
     return tuple(found)
-
-
-def _time(text: str) -> datetime:
-    return canonical.parse_time(text)

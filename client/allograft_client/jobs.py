@@ -20,6 +20,7 @@ from allograft.packet.container import read_document
 from allograft.routing.withdrawal import verify_withdrawal
 from allograft_client import dispatcher, donor, recipient, trial
 from allograft_client.plan import DonationPlan
+from allograft_client.protected import end_protected
 from allograft_client.rows import ItemRow, JobRow, ModelRow
 from allograft_client.runner import Progress
 from allograft_client.site import Site
@@ -99,6 +100,8 @@ def _fail(site: Site, job: JobRow, error: AllograftError) -> None:
     if item is not None:
         # Before the job ends: a kill in between repeats the job, which then finds no files.
         recipient.drop_item(site, item, error)
+    if job.kind == "donate":
+        end_protected(site, DonationPlan.from_json(dict(job.arguments)), error)
     with site.store.transaction():
         site.store.fail_job(job.number, error.code, error.cause)
         if job.kind == "donate":

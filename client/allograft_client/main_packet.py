@@ -14,6 +14,7 @@ from allograft_client.follow import follow
 from allograft_client.main_model import finish
 from allograft_client.options import StateOption, TimeoutOption, WaitOption, open_state
 from allograft_client.plan import DonationPlan
+from allograft_client.plan_files import find_plan
 from allograft_client.rows import PacketRow
 from allograft_client.site import Site
 
@@ -28,9 +29,17 @@ def donate(
     data: Annotated[Path, typer.Option(help="Text to learn from: .txt or .jsonl; never leaves.")],
     domain: Annotated[str, typer.Option(help="What the packet is about, in a few words.")],
     declare: Annotated[
-        str, typer.Option(help="What the data is declared to be: `public` or `synthetic`.")
-    ],
-    declared_by: Annotated[str, typer.Option(help="Role that declares it; never a name.")],
+        str, typer.Option(help="Mode open: the data is declared to be `public` or `synthetic`.")
+    ] = "",
+    declared_by: Annotated[
+        str, typer.Option(help="Mode open: role that declares it; never a name.")
+    ] = "",
+    privacy_plan: Annotated[
+        str, typer.Option("--plan", help="Modes strict and measured: the signed privacy plan.")
+    ] = "",
+    person_field: Annotated[
+        str, typer.Option(help="JSONL field that says whom a record is about.")
+    ] = "person",
     recipe: Annotated[str, typer.Option(help="`organ` or `lora`.")] = "organ",
     mode: Annotated[str, typer.Option(help="Privacy mode: open, measured or strict.")] = "open",
     language: Annotated[str, typer.Option(help="Language of the text.")] = "en",
@@ -70,7 +79,7 @@ def donate(
     from allograft_client.donor import plan_donation
 
     site = open_state(state)
-    plan = DonationPlan(
+    asked = DonationPlan(
         model=model,
         kind=recipe,
         data=data.resolve(),
@@ -96,8 +105,13 @@ def donate(
         position=position,
         rank=rank,
         alpha=alpha,
+        privacy_plan=privacy_plan,
+        person_field=person_field,
     )
-    packet_id, number = plan_donation(site, plan)
+    if privacy_plan:
+        # Mode, kind and training were fixed when the plan was signed.
+        asked = asked.under(find_plan(site, privacy_plan).plan)
+    packet_id, number = plan_donation(site, asked)
     result = {"packet_id": packet_id, **finish(site, number, wait, timeout_s, format)}
     emit(result, format, lambda value: _render_donated(site, packet_id))
 

@@ -13,8 +13,6 @@ import typer
 from allograft.cli.shell import Format, FormatOption, emit
 from allograft.crypto import canonical
 from allograft.errors import RejectedError
-from allograft.limits import LIMITS
-from allograft.plainfile import read_plain
 from allograft.privacy import accountant
 from allograft.privacy.dp import DpConstants
 from allograft.privacy.ledger import DEFAULT_ORDER, Account, DomainOpened
@@ -22,6 +20,7 @@ from allograft.privacy.modes import Mode
 from allograft.privacy.plan import RELATION, SAMPLER, UNIT, PrivacyPlan
 from allograft_client.budget import Budget
 from allograft_client.options import StateOption, open_state
+from allograft_client.plan import DonationPlan
 from allograft_client.plan_files import FiledPlan, file_draft, find_plan, sign_draft
 from allograft_client.site import Site, model_base
 
@@ -68,9 +67,21 @@ def new(
     ] = 1000,
     clip: Annotated[float, typer.Option(help="Largest norm of one person's gradient.")] = 1.0,
     windows: Annotated[int, typer.Option(min=1, help="Most windows of one person.")] = 8,
-    training: Annotated[
-        Path | None, typer.Option(help="JSON file with the public parameters of the loop.")
-    ] = None,
+    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
+    batch: Annotated[
+        int, typer.Option(min=1, help="Mode measured: windows per forward pass.")
+    ] = 16,
+    window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 256,
+    blocks: Annotated[int, typer.Option(min=1, help="Organ: how many blocks.")] = 2,
+    position: Annotated[int | None, typer.Option(min=0, help="Organ: where they go.")] = None,
+    rank: Annotated[int, typer.Option(min=1, help="LoRA: rank.")] = 8,
+    alpha: Annotated[float, typer.Option(help="LoRA: scale.")] = 16.0,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Less memory, a third more time.")
+    ] = False,
+    holdout: Annotated[
+        float, typer.Option(help="Chance of a person to be held out, for the audits.")
+    ] = 0.3,
     purpose: Annotated[str, typer.Option(help="What the packet is for.")] = (
         "evaluation and local use"
     ),
@@ -95,6 +106,25 @@ def new(
         # Fixed by the public minimum, so that it tells nothing about the true number.
         divisor = max(1.0, float(f"{sampling_rate * people_at_least:.3g}"))
         constants = DpConstants(sampling_rate, noise, steps, clip, divisor, delta, windows).check()
+    donation = DonationPlan(
+        model=model,
+        kind=kind,
+        data=Path(),
+        mode=mode,
+        nature="",
+        declared_by="",
+        domain="",
+        steps=steps,
+        batch_windows=batch,
+        learning_rate=learning_rate,
+        window_tokens=window,
+        blocks=blocks,
+        position=position,
+        rank=rank,
+        alpha=alpha,
+        checkpointing=checkpointing,
+        holdout=holdout,
+    )
     plan = PrivacyPlan(
         plan_id=secrets.token_hex(16),
         donor=site.name,
@@ -103,7 +133,7 @@ def new(
         kind=kind,
         base_digest=model_base(site.store.model(model)).weights_digest,
         constants=constants,
-        training=_read_training(training),
+        training=donation.planned_json(),
         purpose=purpose,
         created=canonical.format_time(site.now()),
     )
@@ -159,12 +189,6 @@ def show_ledger(
         ],
     }
     emit(value, format, _render_ledger)
-
-
-def _read_training(path: Path | None) -> dict[str, canonical.Json]:
-    if path is None:
-        return {}
-    return canonical.as_mapping(canonical.loads(read_plain(path, LIMITS.privacy_plan_bytes)))
 
 
 def _emit_plan(site: Site, filed: FiledPlan, format: Format) -> None:

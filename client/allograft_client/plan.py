@@ -6,13 +6,15 @@ It is fixed before the data is opened, and every number in it goes into the sign
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from allograft.crypto import canonical
 from allograft.errors import RejectedError
-from allograft.privacy.modes import AdmittedMode, admit_mode, declare
+from allograft.privacy.dp import DpConstants
+from allograft.privacy.modes import AdmittedMode, Mode, admit_mode, declare
+from allograft.privacy.plan import PrivacyPlan
 from allograft.recipes.plan import LoopPlan
 
 KINDS = ("organ", "lora")
@@ -29,6 +31,10 @@ class DonationPlan:
         domain: What the packet will be about, in a few words.
         valid_days: How long it can be dispatched and opened.
         retention_days: How long a recipient may keep it attached.
+        privacy_plan: Id of the signed privacy plan that the modes `strict` and `measured` need.
+        person_field: JSONL field that says whom a record is about.
+        holdout: Chance of each person to be held out of training, for the audits.
+        private: Constants of the privacy plan; None without differential privacy.
     """
 
     model: str
@@ -57,6 +63,10 @@ class DonationPlan:
     rank: int = 8
     alpha: float = 16.0
     max_documents: int = 240
+    privacy_plan: str = ""
+    person_field: str = "person"
+    holdout: float = 0.3
+    private: DpConstants | None = None
 
     def admitted(self) -> AdmittedMode:
         """The privacy mode with its declaration.
@@ -64,7 +74,43 @@ class DonationPlan:
         Raises:
             RejectedError: AG-PRV-010 to -012.
         """
-        return admit_mode(self.mode, declare(self.nature, self.declared_by))
+        declared = self.nature or self.declared_by or self.mode == Mode.OPEN
+        return admit_mode(self.mode, declare(self.nature, self.declared_by) if declared else None)
+
+    def under(self, plan: PrivacyPlan) -> DonationPlan:
+        """The donation that a privacy plan was made for; the rest stays as asked.
+
+        Raises:
+            RejectedError: AG-IN-003 if the plan's training is not that of a donation.
+        """
+        training = canonical.as_object(
+            dict(plan.training), {"recipe", "loop", "window_tokens", "holdout"}
+        )
+        recipe = canonical.as_mapping(training["recipe"])
+        loop = canonical.as_mapping(training["loop"])
+        changes: dict[str, Any] = {
+            name: recipe[name] for name in ("rank", "alpha", "blocks", "position") if name in recipe
+        }
+        names = (
+            "steps", "batch_windows", "accumulation", "learning_rate", "seed", "checkpointing",
+        )  # fmt: skip
+        changes |= {name: loop[name] for name in names if name in loop}
+        return replace(
+            self,
+            mode=str(plan.mode),
+            kind=plan.kind,
+            private=plan.constants,
+            privacy_plan=plan.plan_id,
+            purpose=plan.purpose,
+            window_tokens=canonical.as_int(training["window_tokens"]),
+            holdout=canonical.as_number(training["holdout"]),
+            **changes,
+        )
+
+    @property
+    def is_protected(self) -> bool:
+        """Whether the data is private: people are the unit, and nothing measured on it leaves."""
+        return self.mode != Mode.OPEN
 
     def check(self) -> DonationPlan:
         """Return itself if it can be run.
@@ -80,6 +126,9 @@ class DonationPlan:
             canonical.as_line(text)
         self.loop().check()
         self.admitted()
+        if self.is_protected != bool(self.privacy_plan):
+            needs = "needs a signed privacy plan" if self.is_protected else "has no privacy plan"
+            raise RejectedError("AG-PRV-053", f"mode {self.mode} {needs}")
         return self
 
     def loop(self) -> LoopPlan:
@@ -101,7 +150,19 @@ class DonationPlan:
             if self.kind == "lora"
             else {"blocks": self.blocks, "position": self.position}
         )
-        return {"kind": self.kind, "recipe": recipe, "loop": asdict(self.loop())}
+        private = None if self.private is None else self.private.to_json()
+        loop = asdict(self.loop())
+        return {"kind": self.kind, "recipe": recipe, "loop": loop, "private": private}
+
+    def planned_json(self) -> dict[str, canonical.Json]:
+        """The public training parameters, as a privacy plan fixes them."""
+        training = self.training_json()
+        return {
+            "recipe": training["recipe"],
+            "loop": training["loop"],
+            "window_tokens": self.window_tokens,
+            "holdout": self.holdout,
+        }
 
     def public_json(self) -> dict[str, canonical.Json]:
         """What the signed provenance says about the method; nothing of it names the data."""
@@ -114,9 +175,11 @@ class DonationPlan:
 
     def to_json(self) -> dict[str, Any]:
         """The plan as a job keeps it."""
-        return {**asdict(self), "data": str(self.data)}
+        private = None if self.private is None else self.private.to_json()
+        return {**asdict(self), "data": str(self.data), "private": private}
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> DonationPlan:
         """Read back what `to_json` wrote."""
-        return cls(**{**fields, "data": Path(fields["data"])})
+        private = None if fields["private"] is None else DpConstants.from_json(fields["private"])
+        return cls(**{**fields, "data": Path(fields["data"]), "private": private})

@@ -630,6 +630,10 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
             "a claimed epsilon is smaller than its own constants give",
             "Do not use the packet; ask its donor how the number came about.",
         ),
+        "AG-PRV-014": ErrorCode(
+            "a privacy plan or domain asks for more than the signed policy allows",
+            "Plan more noise, or let the responsible roles change and sign the policy.",
+        ),
         "AG-PRV-020": ErrorCode(
             "a release gate is missing, failed or could not be judged",
             "Read the gate's reason with `allograft-site packet show`; nothing has left the site.",
@@ -689,6 +693,11 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
         "AG-PRV-056": ErrorCode(
             "there is no such privacy plan here, or it is not at that stage",
             "See the state directory's plans; make one with `allograft-site plan new`.",
+        ),
+        "AG-PRV-057": ErrorCode(
+            "a donation is not the one that its privacy plan was signed for",
+            "Make and sign a plan of its own for every run, with the model, kind and training "
+            "that the donation will have.",
         ),
         "AG-PRV-060": ErrorCode(
             "the privacy ledger was altered, or is not this site's",

@@ -19,6 +19,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import version
 from typing import Any, Protocol
 
 from allograft.crypto import canonical
@@ -30,6 +31,12 @@ ORDERS: tuple[int, ...] = (2, 3, 4, 5, 6, 8, 12, 16, 24, 32, 48, 64, 128)
 
 #: What an ε by PLD must be shown with.
 NON_ADAPTIVE = "non-adaptive"
+
+
+def describe_accountant() -> str:
+    """What computes ε here, with its version, as claims name it."""
+    return f"dp-accounting {version('dp-accounting')} rdp"
+
 
 _DIGITS = 3  # of a proposed constant; see dp.SIGNIFICANT_DIGITS
 _NOISE_RANGE = (0.3, 1000.0)  # what dp.DpConstants admits

@@ -1,0 +1,268 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A donation from private data: its signed plan, its people, its budget and its audits.
+
+Order, and why: the plan is signed before the data is opened; the people are checked and enrolled
+before anything is spent on them; the coins of split and canaries are on disk and the whole budget
+is reserved before the first gradient; how it ended is committed whether or not anything leaves.
+Every step may be repeated after a kill and then changes nothing. What was reserved stays spent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from allograft.durable import durable_write
+from allograft.errors import AllograftError, RejectedError
+from allograft.limits import LIMITS
+from allograft.plainfile import read_plain
+from allograft.privacy.accountant import describe_accountant, epsilon_by_rdp
+from allograft.privacy.claim import PrivacyClaim
+from allograft.privacy.dossier import GateResult, PayloadPart, read_gate
+from allograft.privacy.ledger import Account, Committed, NonprivateRelease, Outcome, charge_for
+from allograft.privacy.memorisation import DpClaim, judge_plan
+from allograft.privacy.modes import Mode
+from allograft.privacy.people import draw_people
+from allograft.privacy.plan import PrivacyPlan
+from allograft.privacy.policy import Policy
+from allograft.privacy.report import FullReport, Point
+from allograft.privacy.thresholds import AuditThresholds
+from allograft.recipes.documents import group_persons, read_documents
+from allograft_client.budget import Budget
+from allograft_client.plan import DonationPlan
+from allograft_client.plan_files import find_plan
+from allograft_client.runner import Progress
+from allograft_client.site import Site, model_base
+
+PEOPLE_NAME, REPORT_NAME, PLAN_NAME = "people.json", "report.json", "plan.json"
+
+_REPORT_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What the audits of a rebuilt payload found.
+
+    Attributes:
+        gates: G1 (with differential privacy), G3, G4, G5 and G7, as they may be published.
+        report: What stays at the site.
+    """
+
+    gates: tuple[GateResult, ...]
+    report: FullReport
+
+
+def find_signed_plan(site: Site, donation: DonationPlan) -> PrivacyPlan:
+    """The signed plan of a donation, which must be of this very donation.
+
+    Raises:
+        RejectedError: AG-PRV-056 if there is none or it is not signed, AG-PRV-057 if the donation
+            is another one, AG-PRV-050 to -053 or AG-SIG-* if its file was changed.
+    """
+    filed = find_plan(site, donation.privacy_plan)
+    if not filed.is_signed:
+        raise RejectedError("AG-PRV-056", "the plan is a draft; sign it before the data is opened")
+    plan = filed.plan
+    base = model_base(site.store.model(donation.model)).weights_digest
+    asked = (donation.mode, donation.kind, base)
+    if (str(plan.mode), plan.kind, plan.base_digest) != asked:
+        raise RejectedError("AG-PRV-057", "mode, kind or base of the donation are not the plan's")
+    if dict(plan.training) != donation.planned_json():
+        raise RejectedError("AG-PRV-057", "the donation would train otherwise than the plan says")
+    return plan
+
+
+def thresholds_of(policy: Policy) -> AuditThresholds:
+    """The numbers that the audits judge by, as the signed policy sets them."""
+    return replace(
+        AuditThresholds(),
+        max_epsilon=policy.audit.donation_epsilon,
+        population_dp=policy.audit.min_population_dp,
+        population_measured=policy.audit.min_population,
+    )
+
+
+class ProtectedRun:
+    """What surrounds the training of one packet in mode `strict` or `measured`."""
+
+    def __init__(
+        self, site: Site, packet_id: str, donation: DonationPlan, directory: Path, tell: Progress
+    ) -> None:
+        self._site = site
+        self._packet_id = packet_id
+        self._donation = donation
+        self._directory = directory
+        self._tell = tell
+        self.plan = find_signed_plan(site, donation)
+        self._budget = Budget(site)
+
+    @property
+    def people_file(self) -> Path:
+        """The private file of split and canaries."""
+        return self._directory / PEOPLE_NAME
+
+    @property
+    def plan_envelope(self) -> bytes:
+        """The signed plan as it was when the run began."""
+        return read_plain(self._directory / PLAN_NAME, LIMITS.json_document_bytes)
+
+    def prepare(self) -> None:
+        """Everything that must be on disk before the first gradient.
+
+        Raises:
+            RejectedError: AG-PRV-062 or -063 for the ledger, AG-PRV-066 for people of another
+                domain, AG-PRV-078 for too few of them, AG-PRV-079 for too little public text,
+                AG-PRV-081 for records without a person, AG-PRV-014 for limits of the policy.
+            UnavailableError: AG-STO-001 for the disk, AG-PRV-068 while another process is at it.
+        """
+        self._tell({"stage": "checking people and budget"})
+        policy = self._site.policy()
+        account = self._budget.ledger().account(self.plan.domain)
+        self._check_limits(policy, account)
+        if not self.people_file.exists():
+            if self._budget.ledger().reservation(self.plan.plan_id) is not None:
+                # A second run on one reservation would be free.
+                raise RejectedError("AG-PRV-057", "the plan has paid for another run already")
+            ids = self._read_ids(policy)
+            self._budget.population().enrol_people(self.plan.domain, ids)
+            signed = find_plan(self._site, self.plan.plan_id).path
+            durable_write(self._directory / PLAN_NAME, signed.read_bytes())
+            draw_people(ids, self._public_texts(), self._donation.holdout).save(self.people_file)
+        if self.plan.constants is not None:
+            self._budget.reserve(charge_for(self.plan))
+
+    def judge(self, result: Mapping[str, Any]) -> Findings:
+        """Turn what the audit worker found into gates and a report."""
+        gates = [read_gate(gate) for gate in result["gates"]]
+        figures = {gate: dict(named) for gate, named in result["figures"].items()}
+        claim = self.claim_for_audit()
+        if self.plan.constants is not None and claim is not None:
+            first, _ = judge_plan(
+                self.plan.constants,
+                claim,
+                lambda constants: epsilon_by_rdp([constants], constants.delta),
+                thresholds_of(self._site.policy()),
+            )
+            gates.insert(0, first)
+        path = self._directory / REPORT_NAME
+        if not path.exists():
+            report = FullReport(
+                packet_id=self._packet_id,
+                salt=secrets.token_hex(32),
+                figures=figures,
+                exposure=_points(result["exposure"]),
+                roc=_points(result["roc"]),
+                budget=self._spending(),
+            )
+            durable_write(path, report.to_bytes(), mode=0o600)
+        # How long a gate took depends on how much there was to read.
+        return Findings(
+            tuple(replace(gate, cost_ms=0) for gate in gates),
+            FullReport.from_bytes(read_plain(path, _REPORT_BYTES)),
+        )
+
+    def claim_for_audit(self) -> DpClaim | None:
+        """What the run promises about each person; None without differential privacy."""
+        epsilon = self.plan.epsilon()
+        if epsilon is None or self.plan.constants is None:
+            return None
+        return DpClaim(epsilon, self.plan.constants.delta)
+
+    def conclude(self, parts: Sequence[PayloadPart], noise: str) -> PrivacyClaim:
+        """Record that these bytes may leave, and state what was spent on whom.
+
+        Raises:
+            RejectedError: AG-PRV-060 to -069 if the ledger does not hold.
+        """
+        if self.plan.constants is not None:
+            digests = tuple(part.sha256 for part in parts)
+            self._budget.commit(Committed(self.plan.plan_id, Outcome.RELEASED, digests))
+        ledger = self._budget.ledger()
+        account = ledger.account(self.plan.domain)
+        is_private = self.plan.constants is not None
+        bounded = is_private and not account.is_nonprivate
+        return PrivacyClaim(
+            plan_digest=self.plan.digest,
+            constants=self.plan.constants,
+            epsilon=self.plan.epsilon(),
+            epsilon_domain=account.epsilon if bounded else None,
+            filter_order=float(account.limits.order),
+            noise=noise if is_private else "",
+            accountant=describe_accountant(),
+            ledger_head=ledger.head.hash,
+            ledger_entries=ledger.head.count,
+        )
+
+    def _check_limits(self, policy: Policy, account: Account) -> None:
+        rules, constants = policy.audit, self.plan.constants
+        if account.limits.epsilon_max > rules.domain_epsilon:
+            raise RejectedError("AG-PRV-014", "the domain's epsilon is above audit.domain_epsilon")
+        if constants is None:
+            return
+        epsilon = self.plan.epsilon()
+        # Written so that NaN refuses.
+        if epsilon is None or not epsilon <= rules.donation_epsilon:
+            raise RejectedError("AG-PRV-014", "the plan's epsilon is above audit.donation_epsilon")
+        if not constants.delta <= rules.max_delta:
+            raise RejectedError("AG-PRV-014", "the plan's delta is above audit.max_delta")
+
+    def _read_ids(self, policy: Policy) -> list[str]:
+        documents = read_documents(self._donation.data, self._donation.person_field)
+        ids = list(group_persons(documents))
+        rules = policy.audit
+        strict = self.plan.mode is Mode.STRICT
+        least = rules.min_population_dp if strict else rules.min_population
+        # Before anything is spent: so few people would be refused afterwards as well.
+        if len(ids) < least:
+            raise RejectedError("AG-PRV-078", f"fewer than {least} persons")
+        return ids
+
+    def _public_texts(self) -> list[str]:
+        model = self._site.store.model(self._donation.model)
+        return [document.text for document in read_documents(model.retention)]
+
+    def _spending(self) -> tuple[Point, ...]:
+        """The domain's ε after each of its charges."""
+        account = self._budget.ledger().account(self.plan.domain)
+        spent = [
+            replace(account, reserved=account.reserved[:count], nonprivate=()).epsilon
+            for count in range(1, len(account.reserved) + 1)
+        ]
+        return tuple(Point(float(number), epsilon) for number, epsilon in enumerate(spent, 1))
+
+
+def end_protected(site: Site, donation: DonationPlan, error: AllograftError) -> None:
+    """Record that a run ended without a packet. What it was to cost stays spent."""
+    if donation.mode == Mode.OPEN or not donation.privacy_plan:
+        return
+    plan = find_plan(site, donation.privacy_plan).plan
+    budget = Budget(site)
+    ledger = budget.ledger()
+    if ledger.reservation(plan.plan_id) is None or ledger.outcome(plan.plan_id) is not None:
+        return
+    budget.commit(Committed(plan.plan_id, Outcome.ABORTED, (), error.code))
+
+
+def record_release(site: Site, packet_id: str, mode: Mode, roles: Sequence[str]) -> None:
+    """Before a packet without a formal bound is sealed: its people's ε is infinite from now on.
+
+    Args:
+        site: The donor.
+        packet_id: The packet.
+        mode: Its mode; only `measured` has no bound.
+        roles: Who approved it; the ledger names the first.
+    """
+    if mode is not Mode.MEASURED:
+        return
+    plan = find_plan(site, site.store.packet(packet_id).facts["privacy_plan"]).plan
+    dossier = read_plain(site.packet_path(packet_id, "dossier.json"), LIMITS.json_document_bytes)
+    digest = hashlib.sha256(dossier).hexdigest()
+    Budget(site).record_nonprivate(NonprivateRelease(plan.domain, digest, sorted(roles)[0]))
+
+
+def _points(pairs: Sequence[Sequence[float]]) -> tuple[Point, ...]:
+    return tuple(Point(float(x), float(y)) for x, y in pairs)
