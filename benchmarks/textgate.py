@@ -55,13 +55,13 @@ def main() -> None:
         report.Figure("planted", len(planted), ""),
         report.Figure("missed", missed, "", "0"),
     ]
-    for name, texts in _clean(1_000 if options.quick else 5_000):
+    for name, texts in _clean(1_000 if options.quick else 2_000):
         figures += [
             report.Figure(f"{name}_documents", len(texts), ""),
             report.Figure(f"{name}_stopped_by_patterns", _percent(texts, scan_text), "%"),
             report.Figure(f"{name}_stopped_by_list", _percent(texts, matcher.count), "%"),
         ]
-    notes = write_notes(invent_medicine(), 2_000 if options.quick else 20_000, seed=5)
+    notes = write_notes(invent_medicine(), 2_000 if options.quick else 6_000, seed=5)
     texts = [note.text for note in notes]
     figures += [
         report.Figure("patterns_speed", _speed(texts, lambda t: scan_text(t, dates=True)), "MB/s"),

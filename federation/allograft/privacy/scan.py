@@ -160,8 +160,7 @@ class Rule:
         name: Stable; counts are reported under it.
         pattern: What it looks like in folded text.
         holds: The check.
-        digits: Fewest digits that a match has; text with fewer is not searched (three times the
-            speed on notes).
+        digits: Fewest digits that a match has; text with fewer is not searched.
         cue: What every match holds, or nothing.
     """
 
