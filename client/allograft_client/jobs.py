@@ -101,7 +101,7 @@ def _fail(site: Site, job: JobRow, error: AllograftError) -> None:
         # Before the job ends: a kill in between repeats the job, which then finds no files.
         recipient.drop_item(site, item, error)
     if job.kind == "donate":
-        end_protected(site, DonationPlan.from_json(dict(job.arguments)), error)
+        _end_plan(site, job, error)
     with site.store.transaction():
         site.store.fail_job(job.number, error.code, error.cause)
         if job.kind == "donate":
@@ -114,6 +114,15 @@ def _fail(site: Site, job: JobRow, error: AllograftError) -> None:
         elif job.kind == "trial" and site.store.packet(job.subject).state == "verified":
             # It stays where it was, and says why.
             site.store.move_packet(job.subject, ["verified"], "verified", error.cause, error.code)
+
+
+def _end_plan(site: Site, job: JobRow, error: AllograftError) -> None:
+    try:
+        end_protected(site, DonationPlan.from_json(dict(job.arguments)), error)
+    except AllograftError as failure:
+        # Nothing is lost: what a plan reserved stays spent, whether or not its end is recorded.
+        log = structlog.get_logger("jobs").bind(job=job.number)
+        log.error("plan-not-ended", code=failure.code, cause=failure.cause)
 
 
 def _take_in(site: Site, job: JobRow, tell: Progress) -> None:

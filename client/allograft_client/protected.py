@@ -132,8 +132,13 @@ class ProtectedRun:
             signed = find_plan(self._site, self.plan.plan_id).path
             durable_write(self._directory / PLAN_NAME, signed.read_bytes())
             draw_people(ids, self._public_texts(), self._donation.holdout).save(self.people_file)
-        if self.plan.constants is not None:
+        if self.plan.constants is not None and not self._is_released():
             self._budget.reserve(charge_for(self.plan))
+
+    def _is_released(self) -> bool:
+        """Whether a run that a kill interrupted had come as far as its end."""
+        ended = self._budget.ledger().outcome(self.plan.plan_id)
+        return ended is not None and ended.outcome is Outcome.RELEASED
 
     def judge(self, result: Mapping[str, Any]) -> Findings:
         """Turn what the audit worker found into gates and a report."""

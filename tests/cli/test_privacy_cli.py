@@ -91,16 +91,18 @@ def test_a_plan_is_told_in_words(state, capsys) -> None:
         assert words in out
 
 
-def test_loop_parameters_come_from_a_file_and_tell_nothing_of_the_data(
-    state, capsys, tmp_path
-) -> None:
-    parameters = tmp_path / "loop.json"
-    parameters.write_text('{"learning_rate": 0.001, "window_tokens": 2048}')
-    assert draft(capsys, state, "--training", parameters)["training"]["window_tokens"] == 2048
-    parameters.write_text('{"steps_per_epoch": 1371}')
+def test_the_plan_fixes_how_the_donation_will_train(state, capsys) -> None:
+    made = draft(capsys, state, "--window", 64, "--learning-rate", 0.003, "--rank", 4)
+    training = made["training"]
+    assert (training["window_tokens"], training["recipe"]["rank"]) == (64, 4)
+    assert training["loop"]["learning_rate"] == 0.003
+    assert training["loop"]["steps"] == made["constants"]["steps"]
+
+
+def test_loop_parameters_tell_nothing_of_the_data(state, capsys) -> None:
     assert refusal(
         capsys, "plan", "new", "--model", "notes", "--domain", "d", "--target-epsilon", 3,
-        "--training", parameters, "--state", state,
+        "--window", 1371, "--state", state,
     ) == (1, "AG-PRV-051")  # fmt: skip
 
 

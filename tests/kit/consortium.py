@@ -22,6 +22,7 @@ from allograft.evaluate.bootstrap import Interval
 from allograft.evaluate.gate import Decision, DosePoint, Outcome, Reason
 from allograft.evaluate.report import DocumentCounts, TrialReport
 from allograft.log.event import verify_event
+from allograft.privacy.dossier import GateResult, GateVerdict, write_gate
 from allograft.provenance.lineage import describe_base
 from allograft.provenance.statement import write_base
 from allograft.recipes.base import ModelShape
@@ -88,6 +89,7 @@ class ScriptedRunner:
     outcome: Outcome = Outcome.KEEP
     tasks: list = field(default_factory=list)
     errors: dict = field(default_factory=dict)
+    verdicts: dict = field(default_factory=dict)
 
     def run(self, name, task, progress):
         self.tasks.append(dict(task))
@@ -104,7 +106,18 @@ class ScriptedRunner:
         tensors = {f"blocks.0.{n}": v for n, v in names.items()}
         save_file(tensors, Path(task["workdir"]) / "organ.safetensors")
         facts = OrganFacts(SHAPE, 1, 1, 2, (), "float32")
-        return {"files": ["organ.safetensors"], "facts": facts.to_json(), "report": {"steps": 3}}
+        report = {"steps": 3, "noise": "chacha20" if task["plan"]["private"] else ""}
+        return {"files": ["organ.safetensors"], "facts": facts.to_json(), "report": report}
+
+    def _audit(self, task):
+        gates = [GateResult(name, "1", self.verdicts.get(name, GateVerdict.PASS))
+                 for name in ("G3", "G4", "G5", "G7")]  # fmt: skip
+        return {
+            "gates": [write_gate(gate) for gate in gates],
+            "figures": {"G5": {"tpr": 0.0123456, "tpr_low": 0.01, "tpr_high": 0.02}},
+            "exposure": [[1, 0.9], [16, 2.5]],
+            "roc": [[0.0, 0.0], [0.01, 0.0123456]],
+        }
 
     def _evaluate(self, task):
         gain = {"value": 0.3, "low": 0.2, "high": 0.4}

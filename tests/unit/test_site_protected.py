@@ -1,0 +1,432 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Donations from private data: plan before data, budget before training, audits before leaving."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+from datetime import UTC, datetime
+
+import pytest
+
+from allograft.crypto import canonical, dsse
+from allograft.errors import CODES, RejectedError, UnavailableError
+from allograft.packet import container
+from allograft.privacy.dossier import GateVerdict, verify_dossier
+from allograft.privacy.dp import DpConstants
+from allograft.privacy.ledger import DomainOpened, Outcome
+from allograft.privacy.modes import Mode
+from allograft.privacy.plan import PrivacyPlan
+from allograft.privacy.report import FullReport
+from allograft.privacy.signed_policy import sign_policy
+from allograft_client import dispatcher, donor, protected
+from allograft_client.budget import Budget
+from allograft_client.plan_files import file_draft, sign_draft
+from allograft_client.site import model_base
+from kit.consortium import POLICY, Consortium
+
+A, B = "hospital-a", "hospital-b"
+CONSTANTS = DpConstants(0.01, 2.0, 300, 1.0, 10.0, 1e-6, 4)
+STRICT = (
+    POLICY.replace('modes = ["open"]', 'modes = ["open", "strict", "measured"]').replace(
+        "approvals = []", 'approvals = ["officer", "steward"]'
+    )
+    + "\n[audit]\nmin_population = 20\nmin_population_dp = 20\n"
+)
+NAMED = STRICT.replace('recipients = ["*"]', 'recipients = ["hospital-b"]')
+PEOPLE = 40
+
+
+@pytest.fixture
+def two(tmp_path):
+    consortium = Consortium(tmp_path, hospital_a=NAMED, hospital_b=STRICT)
+    sign(consortium[A])
+    retention = consortium[A].site.store.model("base").retention
+    retention.write_text("\n\n".join(public_text(number) for number in range(40)), "utf-8")
+    Budget(consortium[A].site).open_domain(DomainOpened("wards", 8.0, 1e-6, 4, "officer"))
+    yield consortium
+    consortium.close()
+
+
+def public_text(number: int) -> str:
+    words = [f"word{(number * 31 + place * 7) % 211}" for place in range(40)]
+    return ". ".join(" ".join(words[start : start + 8]) for start in range(0, 40, 8)) + "."
+
+
+def sign(member) -> None:
+    content = member.home.policy_file.read_bytes()
+    now = canonical.format_time(datetime.now(UTC).replace(microsecond=0))
+    signed = sign_policy(content, "officer", now, member.keys["signing"], None)
+    member.home.policy_signature.write_bytes(signed)
+
+
+def write_records(member, ids, name="records.jsonl"):
+    path = member.home.path(name)
+    lines = [json.dumps({"person": who, "text": f"a note about {who}"}) for who in ids]
+    path.write_text("\n".join(lines), "utf-8")
+    return path
+
+
+def people(count=PEOPLE, prefix="p"):
+    return [f"{prefix}{number}" for number in range(count)]
+
+
+def planned(member, mode="strict", signed=True, **changes) -> PrivacyPlan:
+    """A plan for the default donation of a member."""
+    site = member.site
+    constants = changes.get("constants", CONSTANTS) if mode == "strict" else None
+    steps = CONSTANTS.steps
+    donation = replace(
+        member.plan(), mode=mode, nature="", declared_by="", steps=steps, private=constants
+    )
+    fields = {
+        "plan_id": hashlib.sha256(str(changes).encode() + mode.encode()).hexdigest()[:32],
+        "donor": site.name,
+        "mode": Mode(mode),
+        "domain": "wards",
+        "kind": "organ",
+        "base_digest": model_base(site.store.model("base")).weights_digest,
+        "constants": constants,
+        "training": donation.planned_json(),
+        "purpose": "evaluation",
+        "created": "2026-11-27T08:00:00Z",
+    }
+    plan = PrivacyPlan(**(fields | changes))
+    file_draft(site, plan)
+    if signed:
+        sign_draft(site, plan.plan_id)
+    return plan
+
+
+def donation_of(member, plan, ids=None, **changes):
+    data = write_records(member, people() if ids is None else ids)
+    asked = replace(member.plan(), nature="", declared_by="", data=data).under(plan)
+    return replace(asked, **changes)
+
+
+def donate(two, plan, ids=None, **changes) -> str:
+    packet_id, _ = donor.plan_donation(two[A].site, donation_of(two[A], plan, ids, **changes))
+    two.step()
+    return packet_id
+
+
+def state(two, name, packet_id):
+    row = two[name].site.store.packet(packet_id)
+    return row.state, row.code
+
+
+def account(two):
+    return Budget(two[A].site).ledger().account("wards")
+
+
+def dossier_of(two, packet_id):
+    envelope = two[A].site.packet_path(packet_id, "dossier.json").read_bytes()
+    return verify_dossier(envelope, [two[A].keys["signing"].public])
+
+
+def refusal(call, *arguments) -> str:
+    with pytest.raises(RejectedError) as refused:
+        call(*arguments)
+    assert refused.value.code in CODES
+    return refused.value.code
+
+
+def send(two, packet_id) -> None:
+    for role in ("officer", "steward"):
+        dispatcher.approve_packet(two[A].site, packet_id, role)
+        two.step()
+    dispatcher.queue_dispatch(two[A].site, packet_id, [B])
+    two.step()
+
+
+class TestStrict:
+    def test_a_packet_leaves_with_its_plan_and_is_kept(self, two) -> None:
+        plan = planned(two[A])
+        packet_id = donate(two, plan)
+        assert state(two, A, packet_id) == ("awaiting-approval", "")
+        assert account(two).outcomes[plan.plan_id].outcome is Outcome.RELEASED
+        claim = dossier_of(two, packet_id).privacy
+        assert claim.epsilon == pytest.approx(plan.epsilon())
+        assert claim.epsilon_domain == pytest.approx(account(two).epsilon)
+        send(two, packet_id)
+        assert state(two, B, packet_id) == ("kept", "")
+
+    def test_every_gate_of_the_mode_is_in_the_dossier(self, two) -> None:
+        dossier = dossier_of(two, donate(two, planned(two[A])))
+        assert [g.name for g in dossier.gates] == ["G0", "G1", "G2", "G3", "G4", "G5", "G6", "G7"]
+        assert all(gate.cost_ms == 0 for gate in dossier.gates if gate.name in {"G3", "G5"})
+
+    def test_what_was_measured_on_people_stays(self, two) -> None:
+        packet_id = donate(two, planned(two[A]))
+        send(two, packet_id)
+        report = two[A].site.packet_path(packet_id, "report.json").read_bytes()
+        assert FullReport.from_bytes(report).figures["G5"]["tpr"] == 0.0123456
+        attestations = two[A].site.packet_path(packet_id, "attestations.jsonl").read_bytes()
+        payloads = b"".join(
+            dsse.Envelope.from_bytes(line).payload
+            for line in container.split_attestations(attestations)
+            if b'"mediaType"' not in line
+        )
+        for private in (b"0.0123", b"a note about", b"wards", b"records.jsonl", b'"gain"'):
+            assert private not in payloads.replace(plan_of(payloads), b"")
+        for _, _, files in two.sent:
+            for content in files.values():
+                assert b"a note about" not in content
+                assert b"0.0123456" not in content
+
+    def test_the_dossier_names_the_report(self, two) -> None:
+        packet_id = donate(two, planned(two[A]))
+        report = two[A].site.packet_path(packet_id, "report.json").read_bytes()
+        assert dossier_of(two, packet_id).report_digest == FullReport.from_bytes(report).digest
+
+    def test_workers_get_people_and_constants_and_no_key(self, two) -> None:
+        donate(two, planned(two[A]))
+        (training,) = two[A].runner.done("train")
+        assert training["plan"]["private"] == CONSTANTS.to_json()
+        assert training["people"].endswith("people.json")
+        assert "key" not in json.dumps(training)
+
+
+def plan_of(payloads: bytes) -> bytes:
+    """The plan names its domain of people; it is signed before the data is opened."""
+    start = payloads.index(b'"domain":"wards"')
+    return payloads[start : start + len(b'"domain":"wards"')]
+
+
+class TestMeasured:
+    def test_a_packet_leaves_and_the_people_have_no_bound_from_then_on(self, two) -> None:
+        packet_id = donate(two, planned(two[A], "measured"))
+        assert not account(two).is_nonprivate
+        send(two, packet_id)
+        assert state(two, B, packet_id) == ("kept", "")
+        assert account(two).is_nonprivate
+        claim = dossier_of(two, packet_id).privacy
+        assert (claim.epsilon, claim.epsilon_domain) == (None, None)
+
+    def test_a_later_strict_packet_shows_it(self, two) -> None:
+        send(two, donate(two, planned(two[A], "measured")))
+        claim = dossier_of(two, donate(two, planned(two[A]))).privacy
+        assert claim.epsilon is not None
+        assert claim.epsilon_domain is None
+
+    def test_recipients_must_be_named(self, tmp_path) -> None:
+        two = Consortium(tmp_path, hospital_a=STRICT)
+        sign(two[A])
+        code = refusal(lambda: donor.plan_donation(
+            two[A].site, donation_of(two[A], planned(two[A], "measured"))
+        ))  # fmt: skip
+        assert code == "AG-PRV-009"
+        two.close()
+
+
+class TestPlan:
+    @pytest.mark.parametrize("mode", ["strict", "measured"])
+    def test_there_is_none_without_a_signature(self, two, mode: str) -> None:
+        plan = planned(two[A], mode, signed=False)
+        donation = donation_of(two[A], plan)
+        assert refusal(donor.plan_donation, two[A].site, donation) == "AG-PRV-056"
+
+    @pytest.mark.parametrize(
+        "changes",
+        [{"steps": 301}, {"window_tokens": 128}, {"kind": "lora"}, {"holdout": 0.5},
+         {"learning_rate": 1e-2}, {"blocks": 1}],
+    )  # fmt: skip
+    def test_another_donation_than_planned_is_refused(self, two, changes) -> None:
+        donation = donation_of(two[A], planned(two[A]), **changes)
+        assert refusal(donor.plan_donation, two[A].site, donation) in {"AG-PRV-057", "AG-PRV-003"}
+
+    def test_it_pays_for_one_run(self, two) -> None:
+        plan = planned(two[A])
+        donate(two, plan)
+        packet_id = donate(two, plan)
+        assert state(two, A, packet_id) == ("refused", "AG-PRV-057")
+        assert len(two[A].runner.done("train")) == 1
+
+    def test_protected_modes_take_no_declaration_and_no_shortcut(self, two) -> None:
+        donation = donation_of(two[A], planned(two[A]))
+        declared = replace(donation, nature="synthetic", declared_by="steward")
+        assert refusal(donor.plan_donation, two[A].site, declared) == "AG-PRV-012"
+        unplanned = replace(donation, privacy_plan="")
+        assert refusal(donor.plan_donation, two[A].site, unplanned) == "AG-PRV-053"
+
+    def test_more_than_the_policy_allows_is_refused_before_anything_is_spent(self, two) -> None:
+        weak = replace(CONSTANTS, noise_multiplier=0.6, sampling_rate=0.05)
+        packet_id = donate(two, planned(two[A], constants=weak))
+        assert state(two, A, packet_id) == ("refused", "AG-PRV-014")
+        assert account(two).reserved == ()
+        assert two[A].runner.tasks == []
+
+
+class TestPolicy:
+    def test_an_unsigned_policy_is_refused(self, two) -> None:
+        two[A].home.policy_signature.unlink()
+        donation = donation_of(two[A], planned(two[A]))
+        assert refusal(donor.plan_donation, two[A].site, donation) == "AG-PRV-006"
+
+    def test_a_policy_weakened_without_signature_stops_the_dispatch(self, two) -> None:
+        packet_id = donate(two, planned(two[A]))
+        for role in ("officer", "steward"):
+            dispatcher.approve_packet(two[A].site, packet_id, role)
+            two.step()
+        path = two[A].home.policy_file
+        path.write_text(path.read_text().replace("min_population = 20", "min_population = 30"))
+        dispatcher.queue_dispatch(two[A].site, packet_id, [B])
+        two.step()
+        assert state(two, A, packet_id)[0] == "routed"
+        assert not [kind for _, kind, _ in two.sent if kind == "dispatch"]
+
+
+class TestPeople:
+    def test_records_without_a_person_are_refused(self, two) -> None:
+        plan = planned(two[A])
+        donation = donation_of(two[A], plan)
+        donation.data.write_text('{"text": "nobody knows whom"}\n', "utf-8")
+        packet_id, _ = donor.plan_donation(two[A].site, donation)
+        two.step()
+        assert state(two, A, packet_id) == ("refused", "AG-PRV-081")
+        assert account(two).reserved == ()
+
+    def test_fewer_people_than_the_minimum_are_refused_before_anything_is_spent(self, two) -> None:
+        packet_id = donate(two, planned(two[A]), ids=people(19))
+        assert state(two, A, packet_id) == ("refused", "AG-PRV-078")
+        assert account(two).reserved == ()
+
+    def test_a_data_set_renamed_into_a_fresh_domain_is_recognised(self, two) -> None:
+        donate(two, planned(two[A]))
+        Budget(two[A].site).open_domain(DomainOpened("fresh", 8.0, 1e-6, 4, "officer"))
+        mixed = people(5) + people(PEOPLE, "new")
+        packet_id = donate(two, planned(two[A], domain="fresh"), ids=mixed)
+        assert state(two, A, packet_id) == ("refused", "AG-PRV-066")
+        assert Budget(two[A].site).ledger().account("fresh").reserved == ()
+
+
+class TestBudget:
+    def test_a_failed_gate_leaves_nothing_and_stays_spent(self, two) -> None:
+        two[A].runner.verdicts = {"G4": GateVerdict.FAIL}
+        plan = planned(two[A])
+        packet_id = donate(two, plan)
+        assert state(two, A, packet_id) == ("refused", "AG-PRV-020")
+        ended = account(two).outcomes[plan.plan_id]
+        assert (ended.outcome, ended.reason) == (Outcome.ABORTED, "AG-PRV-020")
+        assert account(two).spent > 0
+        assert not two[A].site.packet_path(packet_id, "attestations.jsonl").exists()
+
+    def test_an_audit_that_could_not_judge_is_no_pass(self, two) -> None:
+        two[A].runner.verdicts = {"G5": GateVerdict.INVALID}
+        assert state(two, A, donate(two, planned(two[A]))) == ("refused", "AG-PRV-020")
+
+    def test_a_spent_domain_refuses_the_next_run(self, two) -> None:
+        costly = replace(CONSTANTS, noise_multiplier=1.0)
+        for number in range(30):
+            packet_id = donate(two, planned(two[A], purpose=f"run {number}", constants=costly))
+            if state(two, A, packet_id)[0] == "refused":
+                break
+        assert state(two, A, packet_id)[1] == "AG-PRV-063"
+        assert account(two).epsilon <= 8.0
+        assert len(two[A].runner.done("train")) == number
+
+    @pytest.mark.parametrize("task", ["train", "evaluate", "audit"])
+    def test_a_refusal_at_any_step_ends_the_plan_and_refunds_nothing(self, two, task) -> None:
+        two[A].runner.errors = {task: RejectedError("AG-RCP-033", "diverged")}
+        plan = planned(two[A])
+        donate(two, plan)
+        assert account(two).outcomes[plan.plan_id].reason == "AG-RCP-033"
+        assert account(two).spent > 0
+
+    @pytest.mark.parametrize("task", ["train", "evaluate", "audit"])
+    def test_a_crash_at_any_step_costs_nothing_more(self, two, task) -> None:
+        plan = planned(two[A])
+        two[A].runner.errors = {task: UnavailableError("AG-SIT-007", "killed")}
+        donation = donation_of(two[A], plan)
+        packet_id, _ = donor.plan_donation(two[A].site, donation)
+        with pytest.raises(UnavailableError):
+            donor.donate(two[A].site, packet_id, donation, lambda _: None)
+        spent, coins = account(two).spent, read(two, packet_id, "people.json")
+        assert spent > 0
+        two.reopen()
+        two[A].runner.errors = {}
+        two.step()
+        assert state(two, A, packet_id) == ("awaiting-approval", "")
+        assert account(two).spent == spent
+        assert read(two, packet_id, "people.json") == coins
+
+    @pytest.mark.parametrize("place", ["reserve", "commit", "conclude", "people"])
+    def test_a_kill_between_two_writes_is_repaired(self, two, place, monkeypatch) -> None:
+        donation = donation_of(two[A], planned(two[A]))
+        packet_id, _ = donor.plan_donation(two[A].site, donation)
+        target, name = {
+            "reserve": (Budget, "reserve"),
+            "commit": (Budget, "commit"),
+            "conclude": (protected.ProtectedRun, "conclude"),
+            "people": (protected, "draw_people"),
+        }[place]
+        whole = getattr(target, name)
+
+        def killed(*arguments, **options):
+            whole(*arguments, **options)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(target, name, killed)
+            with pytest.raises(KeyboardInterrupt):
+                donor.donate(two[A].site, packet_id, donation, lambda _: None)
+        before = account(two).spent
+        two.reopen()
+        two.step()
+        assert state(two, A, packet_id) == ("awaiting-approval", "")
+        assert account(two).spent >= before
+        assert len(account(two).reserved) == 1
+
+    def test_a_ledger_that_was_rolled_back_stops_everything(self, two) -> None:
+        directory = two[A].home.path("privacy")
+        kept = {path: path.read_bytes() for path in directory.iterdir() if path.is_file()}
+        donate(two, planned(two[A]))
+        for path, content in kept.items():
+            path.write_bytes(content)
+        packet_id = donate(two, planned(two[A], purpose="again"))
+        assert state(two, A, packet_id)[0] == "refused"
+        assert state(two, A, packet_id)[1] in {"AG-PRV-060", "AG-PRV-069"}
+
+
+def read(two, packet_id, name) -> bytes:
+    return two[A].site.packet_path(packet_id, name).read_bytes()
+
+
+class TestRecipient:
+    @pytest.mark.parametrize("change", ["plan", "epsilon", "constants"])
+    def test_a_false_claim_is_refused(self, two, change, monkeypatch) -> None:
+        whole = protected.ProtectedRun.conclude
+
+        def lie(run, parts, noise):
+            claim = whole(run, parts, noise)
+            return {
+                "plan": replace(claim, plan_digest="0" * 64),
+                "epsilon": replace(claim, epsilon=claim.epsilon / 2),
+                "constants": replace(claim, constants=replace(CONSTANTS, steps=100)),
+            }[change]
+
+        monkeypatch.setattr(protected.ProtectedRun, "conclude", lie)
+        packet_id = donate(two, planned(two[A]))
+        send(two, packet_id)
+        assert state(two, B, packet_id)[0] in {"refused", "quarantined"}
+        assert state(two, B, packet_id)[1] in {"AG-PRV-011", "AG-PRV-013"}
+        assert two[B].runner.tasks == []
+
+    def test_a_site_that_takes_open_packets_only_refuses(self, tmp_path) -> None:
+        two = Consortium(tmp_path, hospital_a=NAMED)
+        sign(two[A])
+        retention = two[A].site.store.model("base").retention
+        retention.write_text("\n\n".join(public_text(n) for n in range(40)), "utf-8")
+        Budget(two[A].site).open_domain(DomainOpened("wards", 8.0, 1e-6, 4, "officer"))
+        packet_id = donate(two, planned(two[A]))
+        send(two, packet_id)
+        assert state(two, B, packet_id) == ("refused", "AG-PRV-005")
+        two.close()
+
+
+def test_the_plan_of_a_packet_is_read_strictly(two) -> None:
+    packet_id = donate(two, planned(two[A]))
+    lines = container.split_attestations(read(two, packet_id, "attestations.jsonl"))
+    payload = dsse.Envelope.from_bytes(lines[-1]).payload
+    assert canonical.loads(payload)["predicateType"] == "urn:allograft:privacy-plan:v1"
