@@ -34,6 +34,7 @@ from allograft.provenance.statement import (
     DosePoint,
     Licence,
     PacketStatement,
+    Parent,
     read_packet_statement,
     sign_packet_statement,
     write_base,
@@ -49,7 +50,7 @@ from allograft.provenance.verify import check_attestations
 from allograft_client.plan import DonationPlan
 from allograft_client.rows import PacketRow
 from allograft_client.runner import Progress
-from allograft_client.site import Site, model_base
+from allograft_client.site import Site, model_ancestors, model_base
 from allograft_client.store import now_text
 
 _PROGRAMS = ("allograft", "torch", "transformers", "peft", "safetensors", "cryptography")
@@ -59,13 +60,16 @@ def plan_donation(site: Site, plan: DonationPlan) -> tuple[str, int]:
     """Check a plan against the site's policy and queue it; returns packet id and job number.
 
     Raises:
-        RejectedError: AG-PRV-001 no policy, AG-PRV-003 the policy forbids it, AG-SIT-003 unknown
-            model, AG-IN-003 or AG-RCP-035 a bad plan, AG-PRV-01x the mode.
+        RejectedError: AG-PRV-001 no policy, AG-PRV-003 the policy forbids it, AG-PRV-006 the
+            model holds packets that may not be passed on, AG-SIT-003 unknown model, AG-IN-003 or
+            AG-RCP-035 a bad plan, AG-PRV-01x the mode.
         UnavailableError: AG-STO-005 if there is no such data.
     """
     plan.check()
-    site.policy().check_donation(plan.mode, plan.kind)
-    site.store.model(plan.model)
+    policy = site.policy()
+    policy.check_donation(plan.mode, plan.kind)
+    # No mode that works today guarantees an epsilon.
+    policy.check_redonation(model_ancestors(site.store.model(plan.model)), plan.mode)
     if not plan.data.is_file():
         raise UnavailableError("AG-STO-005", f"--data: there is no file {plan.data}")
     packet_id = secrets.token_hex(16)
@@ -98,6 +102,7 @@ def donate(site: Site, packet_id: str, plan: DonationPlan, tell: Progress) -> No
     """
     policy = site.policy()
     policy.check_donation(plan.mode, plan.kind)
+    policy.check_redonation(model_ancestors(site.store.model(plan.model)), plan.mode)
     directory = site.packet_path(packet_id)
     directory.mkdir(mode=0o700, exist_ok=True)
     donation = _Donation(site, packet_id, plan, directory, tell)
@@ -260,7 +265,11 @@ class _Donation:
             purpose=plan.purpose,
             retention_until=created + timedelta(days=plan.retention_days),
             norms=norms,
+            parents=self._parents(),
         )
+
+    def _parents(self) -> tuple[Parent, ...]:
+        return tuple(entry.parent for entry in model_ancestors(self._model))
 
     def _training_run(self, extract: Mapping[str, Any]) -> TrainingRun:
         with self._plan.data.open("rb") as handle:
@@ -276,6 +285,7 @@ class _Donation:
             data_commitment=commit_data(data_sha256, salt.read_bytes()),
             started=_time(extract["started"]),
             finished=_time(extract["finished"]),
+            parents=self._parents(),
             software={software.name: software.version for software in _software()},
         )
 
