@@ -126,6 +126,8 @@ def check_policy(policy: Policy, manifest: VerifiedManifest) -> None:
             kind=statement.kind,
             mode=str(dossier.mode.mode),
             permissions=frozenset(permissions),
+            purpose=statement.purpose,
+            parents=len(statement.parents),
         )
     )
 

@@ -27,6 +27,7 @@ from allograft.packet.tensors import check_file
 from allograft.privacy.dossier import Dossier, PayloadPart, Software
 from allograft.privacy.egress import WIRE_DTYPES, rebuild_file, with_wire_dtype
 from allograft.privacy.gates import Submission, check_results, run_gates
+from allograft.privacy.policy import Policy
 from allograft.privacy.scan import check_envelope
 from allograft.privacy.shapes import allow_list, read_base
 from allograft.provenance.intoto import Statement
@@ -35,6 +36,7 @@ from allograft.provenance.statement import (
     DosePoint,
     Licence,
     PacketStatement,
+    Parent,
     read_packet_statement,
     sign_packet_statement,
     write_base,
@@ -51,7 +53,7 @@ from allograft_client.plan import DonationPlan
 from allograft_client.protected import Findings, ProtectedRun, find_signed_plan, thresholds_of
 from allograft_client.rows import PacketRow
 from allograft_client.runner import Progress
-from allograft_client.site import Site, model_base
+from allograft_client.site import Site, model_ancestors, model_base
 from allograft_client.store import now_text
 
 #: The evaluation of a packet from private data: what it found would be a statistic of the data.
@@ -64,17 +66,16 @@ def plan_donation(site: Site, plan: DonationPlan) -> tuple[str, int]:
     """Check a plan against the site's policy and queue it; returns packet id and job number.
 
     Raises:
-        RejectedError: AG-PRV-001 no policy, AG-PRV-003 the policy forbids it, AG-SIT-003 unknown
-            model, AG-IN-003 or AG-RCP-035 a bad plan, AG-PRV-01x the mode.
+        RejectedError: AG-PRV-001 no policy, AG-PRV-003 the policy forbids it, AG-PRV-015 the
+            model holds packets that may not be passed on, AG-SIT-003 unknown model, AG-IN-003 or
+            AG-RCP-035 a bad plan, AG-PRV-01x the mode.
         UnavailableError: AG-STO-005 if there is no such data.
     """
     plan.check()
     policy = site.policy()
     policy.check_donation(plan.mode, plan.kind)
     site.check_signed_policy(plan.mode, policy)
-    site.store.model(plan.model)
-    if plan.is_protected:
-        find_signed_plan(site, plan)
+    _check_parents(site, policy, plan)
     if not plan.data.is_file():
         raise UnavailableError("AG-STO-005", f"--data: there is no file {plan.data}")
     packet_id = secrets.token_hex(16)
@@ -102,6 +103,12 @@ def plan_donation(site: Site, plan: DonationPlan) -> tuple[str, int]:
     return packet_id, number
 
 
+def _check_parents(site: Site, policy: Policy, plan: DonationPlan) -> None:
+    """Refuse to pass on what others' packets taught a model, unless licence and ε allow it."""
+    epsilon = find_signed_plan(site, plan).epsilon() if plan.is_protected else None
+    policy.check_redonation(model_ancestors(site.store.model(plan.model)), plan.mode, epsilon)
+
+
 def donate(site: Site, packet_id: str, plan: DonationPlan, tell: Progress) -> None:
     """Make a packet and its evidence; ends in `awaiting-approval`, or straight in an offer.
 
@@ -112,6 +119,7 @@ def donate(site: Site, packet_id: str, plan: DonationPlan, tell: Progress) -> No
     policy = site.policy()
     policy.check_donation(plan.mode, plan.kind)
     site.check_signed_policy(plan.mode, policy)
+    _check_parents(site, policy, plan)
     directory = site.packet_path(packet_id)
     directory.mkdir(mode=0o700, exist_ok=True)
     donation = _Donation(site, packet_id, plan, directory, tell)
@@ -307,7 +315,11 @@ class _Donation:
             purpose=plan.purpose,
             retention_until=created + timedelta(days=plan.retention_days),
             norms=norms,
+            parents=self._parents(),
         )
+
+    def _parents(self) -> tuple[Parent, ...]:
+        return tuple(entry.parent for entry in model_ancestors(self._model))
 
     def _training_run(self, extract: Mapping[str, Any]) -> TrainingRun:
         with self._plan.data.open("rb") as handle:
@@ -323,6 +335,7 @@ class _Donation:
             data_commitment=commit_data(data_sha256, salt.read_bytes()),
             started=self._told(extract["started"]),
             finished=self._told(extract["finished"]),
+            parents=self._parents(),
             software={software.name: software.version for software in _software()},
         )
 

@@ -9,21 +9,24 @@ a code that stays visible; what is merely unavailable puts it back in the queue.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import structlog
 
+from allograft.crypto import canonical
 from allograft.errors import AllograftError, RejectedError, UnavailableError
 from allograft.limits import LIMITS
 from allograft.packet.container import read_document
+from allograft.provenance.ancestry import Ancestor, write_ancestors
+from allograft.provenance.statement import Parent, read_licence
 from allograft.routing.withdrawal import verify_withdrawal
-from allograft_client import dispatcher, donor, recipient, trial
+from allograft_client import dispatcher, donor, recipient, screens, trial
 from allograft_client.plan import DonationPlan
 from allograft_client.protected import end_protected
-from allograft_client.rows import ItemRow, JobRow, ModelRow
+from allograft_client.rows import AttachmentRow, ItemRow, JobRow, ModelRow
 from allograft_client.runner import Progress
-from allograft_client.site import Site
+from allograft_client.site import Site, model_ancestors, model_base
 from allograft_client.store import Lane, now_text
 
 _IDLE_S = 0.3
@@ -180,6 +183,7 @@ def _add_model(site: Site, job: JobRow, tell: Progress) -> Mapping[str, Any]:
         "retention": arguments["retention"],
     }
     facts = dict(site.runner.run(f"describe-{job.number}", task, tell))
+    facts["parents"] = _known_parents(site, facts)
     site.store.put_model(
         ModelRow(
             job.subject,
@@ -191,6 +195,13 @@ def _add_model(site: Site, job: JobRow, tell: Progress) -> Mapping[str, Any]:
         )
     )
     return {"model": job.subject, "weights_digest": facts["base"]["weights_digest"]}
+
+
+def _known_parents(site: Site, facts: Mapping[str, Any]) -> list[canonical.Json]:
+    """What the record beside a model says is in it, and what this site remembers of its weights."""
+    beside = list(facts.get("parents", []))
+    remembered = site.store.ancestry(facts["base"]["weights_digest"])
+    return beside + [entry for entry in remembered if entry not in beside]
 
 
 def _donate(site: Site, job: JobRow, tell: Progress) -> Mapping[str, Any]:
@@ -220,7 +231,9 @@ def _withdraw(site: Site, job: JobRow, _tell: Progress) -> Mapping[str, Any]:
 
 
 def _trial(site: Site, job: JobRow, tell: Progress) -> Mapping[str, Any]:
-    figures = trial.try_packet(site, job.subject, tell)
+    # A retrial that the site queues by itself never carries an earlier decision along.
+    despite = bool(job.arguments.get("despite_alarm", False))
+    figures = trial.try_packet(site, job.subject, tell, despite)
     return {"packet_id": job.subject, "state": site.store.packet(job.subject).state, **figures}
 
 
@@ -250,8 +263,35 @@ def _export(site: Site, job: JobRow, tell: Progress) -> Mapping[str, Any]:
         "stack": [str(entry.path) for entry in stack],
         "format": job.arguments["format"],
         "out": job.arguments["out"],
+        "base_digest": model_base(model).weights_digest,
+        "parents": _ancestors(site, model, stack) if merging else [],
     }
-    return {**site.runner.run(f"export-{job.number}", task, tell), "attachments": len(stack)}
+    result = site.runner.run(f"export-{job.number}", task, tell)
+    if merging and task["parents"]:
+        # So that the snapshot is known even if it comes back without the record beside it.
+        site.store.put_ancestry(result["weights_digest"], task["parents"])
+    return {**result, "attachments": len(stack)}
+
+
+def _ancestors(site: Site, model: ModelRow, stack: Sequence[AttachmentRow]) -> list[canonical.Json]:
+    """The packets that a merged snapshot will hold, with their licences."""
+    added = []
+    for entry in stack:
+        facts = site.store.packet(entry.packet_id).facts
+        try:
+            licence = read_licence(facts["licence"])
+            digest = str(facts["statement_sha256"])
+        except KeyError as error:
+            # Kept by an older version: a new take-in records what it lacks.
+            raise RejectedError(
+                "AG-SIT-004", f"packet {entry.packet_id[:12]} lacks its licence; take it in again"
+            ) from error
+        added.append(Ancestor(Parent(entry.packet_id, digest), licence))
+    return write_ancestors((*model_ancestors(model), *added))
+
+
+def _screen(site: Site, job: JobRow, tell: Progress) -> Mapping[str, Any]:
+    return {"model": job.subject, **screens.screen_model(site, job.subject, tell)}
 
 
 def _item_refused(site: Site, job: JobRow, _tell: Progress) -> None:
@@ -278,4 +318,5 @@ HANDLERS: Mapping[str, Handler] = {
     "keep": _keep,
     "revert": _revert,
     "export": _export,
+    "screen": _screen,
 }

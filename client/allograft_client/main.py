@@ -32,6 +32,7 @@ from allograft_client.membership import (
     read_invitation,
 )
 from allograft_client.options import StateOption, find_home, open_state
+from allograft_client.screens import describe_combination, is_screened_out
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -115,6 +116,11 @@ def status(state: StateOption = None, format: FormatOption = Format.text) -> Non
         "coordinator_silent": is_silent(heard, datetime.now(UTC)),
         "daemon": "running" if doctor.is_running(site.home) else "stopped",
         "models": [model.name for model in site.store.models()],
+        "screened": {
+            model.name: describe_combination(site, model)
+            for model in site.store.models()
+            if site.store.attachments(model.name)
+        },
         "packets": dict(Counter(row.state for row in packets)),
         "outbox": len(site.store.items("out", "waiting")),
         "inbox": [
@@ -142,6 +148,7 @@ def status(state: StateOption = None, format: FormatOption = Format.text) -> Non
             {"packet_id": row.packet_id, "state": row.state, "reason": row.reason}
             for row in packets
             if row.state in {"awaiting-approval", "routed", "verified", "trialled"}
+            or is_screened_out(row)
         ],
     }
     emit(value, format, _render_status)
@@ -212,6 +219,11 @@ def _render_status(value: dict[str, Any]) -> str:
         f"models: {', '.join(value['models']) or 'none'}",
         f"packets: {packets or 'none'}",
         f"outbox: {value['outbox']} items wait to be taken",
+    ]
+    lines += [
+        f"{name}: attachments together {found['verdict']}, {found['reason']}"
+        for name, found in value["screened"].items()
+        if found["verdict"] != "PASS"
     ]
     lines += [
         f"inbox: {entry['kind']}, {entry['present']} of {entry['parts']} parts"

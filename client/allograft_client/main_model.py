@@ -13,7 +13,8 @@ from allograft.errors import UnavailableError
 from allograft_client import requests
 from allograft_client.options import StateOption, TimeoutOption, WaitOption, open_state
 from allograft_client.rows import ModelRow
-from allograft_client.site import Site
+from allograft_client.screens import describe_combination
+from allograft_client.site import Site, model_ancestors
 
 app = typer.Typer(
     no_args_is_help=True, help="Models of this site: digests leave it, weights never do."
@@ -77,6 +78,27 @@ def export(
     emit(result, format, lambda value: f"Wrote {value['out']} with {value['attachments']} packets.")
 
 
+@app.command("screen")
+def screen(
+    name: Annotated[str, typer.Argument(help="A model of this site.")],
+    state: StateOption = None,
+    wait: WaitOption = True,
+    timeout_s: TimeoutOption = 3600.0,
+    format: FormatOption = Format.text,
+) -> None:
+    """Screen what is kept on a model, as it is composed now; no screen proves absence."""
+    site = open_state(state)
+    number = requests.request(site, "screen", site.store.model(name).name)
+    result = finish(site, number, wait, timeout_s, format)
+    emit(result, format, lambda value: render_screened(value) if wait else "Queued.")
+
+
+def render_screened(found: dict[str, Any]) -> str:
+    """How a combination stands, in one line."""
+    by_hand = "; kept despite it, by an operator's decision" if found.get("overridden") else ""
+    return f"  together: {found['verdict']}, {found['reason']}{by_hand}"
+
+
 def finish(site: Site, number: int, wait: bool, timeout_s: float, format: Format) -> dict[str, Any]:
     """The result of a job, or a note that it waits for the daemon."""
     if not wait:
@@ -100,6 +122,8 @@ def describe_model(site: Site, model: ModelRow) -> dict[str, Any]:
             {"packet_id": entry.packet_id, "dose": entry.dose}
             for entry in site.store.attachments(model.name)
         ],
+        "screened": describe_combination(site, model),
+        "parents": [entry.parent.packet_id for entry in model_ancestors(model)],
     }
 
 
@@ -129,4 +153,7 @@ def _render_models(models: list[dict[str, Any]]) -> str:
             f"  + packet {entry['packet_id'][:12]} at dose {entry['dose']:g}"
             for entry in model["attachments"]
         ]
+        lines += [f"  contains packet {packet_id[:12]}" for packet_id in model["parents"]]
+        if model["attachments"]:
+            lines.append(render_screened(model["screened"]))
     return "\n".join(lines)

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from allograft.cli.shell import Format, FormatOption, emit
+from allograft.evaluate.screen import NO_PROOF
 from allograft_client import requests
 from allograft_client.follow import follow
 from allograft_client.main_model import finish
@@ -163,13 +165,20 @@ def withdraw(
 
 def trial(
     packet: PacketArgument,
+    despite_alarm: Annotated[
+        bool,
+        typer.Option(
+            "--despite-alarm", help="Go on if a screen alarms; your decision is recorded."
+        ),
+    ] = False,
     state: StateOption = None,
     wait: WaitOption = True,
     timeout_s: TimeoutOption = 86400.0,
     format: FormatOption = Format.text,
 ) -> None:
-    """Try a verified packet on this site's own text; the gate decides."""
-    _act("trial", packet, state, wait, timeout_s, format)
+    """Screen a verified packet and try it on this site's own text; the gate decides."""
+    arguments = {"despite_alarm": True} if despite_alarm else {}
+    _act("trial", packet, state, wait, timeout_s, format, arguments)
 
 
 def keep(
@@ -251,11 +260,17 @@ def describe_packet(site: Site, row: PacketRow) -> dict[str, Any]:
 
 
 def _act(
-    kind: str, packet: str, state: Path | None, wait: bool, timeout_s: float, format: Format
+    kind: str,
+    packet: str,
+    state: Path | None,
+    wait: bool,
+    timeout_s: float,
+    format: Format,
+    arguments: Mapping[str, Any] | None = None,
 ) -> None:
     site = open_state(state)
     packet_id = site.store.packet(packet).packet_id
-    number = requests.request(site, kind, packet_id)
+    number = requests.request(site, kind, packet_id, arguments)
     result = {"packet_id": packet_id, **finish(site, number, wait, timeout_s, format)}
     emit(result, format, lambda _: _line(site.store.packet(packet_id)))
 
@@ -312,6 +327,16 @@ def _render_packet(value: dict[str, Any]) -> str:
     ]
     if value["model"]:
         lines.append(f"model  {value['model']}")
+    for screen in value["facts"].get("screens", []):
+        lines.append(f"screen {screen['verdict']} at dose {screen['dose']:g}; {NO_PROOF}")
+        lines += [
+            f"       {result['name']}: {result['verdict']}, {result['reason']}"
+            for result in screen["screens"]
+        ]
+        if screen["verdict"] == "ALARM":
+            lines += [f"       {line}" for r in screen["screens"] for line in r["worst"]]
+    if value["facts"].get("overridden"):
+        lines.append("       tried despite the alarm, by an operator's decision")
     if trial_figures := value["facts"].get("trial"):
         lines.append(
             f"trial  gain {trial_figures['gain']:+.3f} "

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from allograft.crypto import canonical
 from allograft.durable import storage_errors, sync_directory
 from allograft.errors import AllograftError, RejectedError
-from allograft.provenance.statement import PacketStatement
+from allograft.provenance.statement import PacketStatement, write_licence
 from allograft.recipes.base import Verdict
 from allograft_client.admission import (
     Sealed,
@@ -30,6 +30,7 @@ from allograft_client.admission import (
 from allograft_client.receipts import turn_away
 from allograft_client.rows import ItemRow, ModelRow, PacketRow
 from allograft_client.runner import Progress
+from allograft_client.screens import is_screened_out
 from allograft_client.site import Site
 from allograft_client.store import now_text
 
@@ -148,7 +149,8 @@ def _register(site: Site, arrival: _Arrival) -> bool:
     if row.facts.get("item_id") == item_id:
         site.inbox.remove(arrival.item)  # this very copy was settled before a restart
         return False
-    if row.role == "recipient" and row.state in _ARRIVED:
+    # One that a screen quarantined is past arrival: a copy must not undo the alarm.
+    if row.role == "recipient" and row.state in _ARRIVED and not is_screened_out(row):
         site.store.move_packet(packet_id, _ARRIVED, "received", "arrived; being verified")
         return True
     _set_aside(site, arrival)
@@ -205,6 +207,10 @@ def _settle_verified(
         "statement_facts": dict(statement.facts),
         "donor_dose": statement.dose.default,
         "merge": statement.licence.merge,
+        "licence": write_licence(statement.licence),
+        "statement_sha256": arrival.sealed.header.statement_digest,
+        "parents": [parent.packet_id for parent in statement.parents],
+        "purpose": statement.purpose,
         "not_after": canonical.format_time(statement.not_after),
         "retention_until": canonical.format_time(statement.retention_until),
         "dispatch_sha256": arrival.sealed.dispatch_sha256,

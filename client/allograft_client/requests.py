@@ -36,6 +36,7 @@ LANES: Mapping[str, Lane] = {
     "trial": "heavy",
     "revert": "heavy",
     "export": "heavy",
+    "screen": "heavy",
 }
 
 

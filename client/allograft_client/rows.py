@@ -108,6 +108,20 @@ class AttachmentRow:
 
 
 @dataclass(frozen=True, slots=True)
+class ScreenedRow:
+    """What the screens found in a composed model, named by its `combination_digest`.
+
+    `overridden` says that a person decided to go on despite an alarm.
+    """
+
+    combination: str
+    verdict: str
+    overridden: bool
+    report: Mapping[str, Any]
+    time: str
+
+
+@dataclass(frozen=True, slots=True)
 class ReceiptRow:
     """What a recipient of one of our packets reported."""
 

@@ -19,6 +19,7 @@ from allograft.log.event import Event, EventName, sign_event
 from allograft.privacy.policy import Policy, read_policy
 from allograft.privacy.scan import check_envelope
 from allograft.privacy.signed_policy import check_signed
+from allograft.provenance.ancestry import Ancestor, read_ancestors
 from allograft.provenance.statement import BaseModel, read_base
 from allograft_client.inbox import Inbox
 from allograft_client.outbox import Outbox
@@ -108,6 +109,11 @@ class Site:
 def model_base(model: ModelRow) -> BaseModel:
     """What was measured of a model when it was added."""
     return read_base(model.facts["base"])
+
+
+def model_ancestors(model: ModelRow) -> tuple[Ancestor, ...]:
+    """The packets inside a model's own weights, as its record said when it was added."""
+    return read_ancestors(model.facts.get("parents", []))
 
 
 def open_site(home: Home, store: Store | None = None) -> Site:

@@ -29,6 +29,7 @@ from allograft_client.rows import (
     ModelRow,
     PacketRow,
     ReceiptRow,
+    ScreenedRow,
 )
 
 Direction = Literal["out", "in"]
@@ -95,6 +96,20 @@ _MIGRATIONS: tuple[str, ...] = (
     CREATE TABLE receipt (
         packet_id TEXT NOT NULL, site TEXT NOT NULL, state TEXT NOT NULL, code TEXT NOT NULL,
         time TEXT NOT NULL, PRIMARY KEY (packet_id, site, state, time)
+    ) STRICT;
+    """,
+    """
+    CREATE TABLE screened (
+        combination TEXT PRIMARY KEY, verdict TEXT NOT NULL, overridden INTEGER NOT NULL,
+        report TEXT NOT NULL, time TEXT NOT NULL
+    ) STRICT;
+    CREATE TABLE spectrum (
+        packet_id TEXT PRIMARY KEY, base TEXT NOT NULL, kind TEXT NOT NULL,
+        figures TEXT NOT NULL, time TEXT NOT NULL
+    ) STRICT;
+    CREATE INDEX spectrum_base ON spectrum (base, kind);
+    CREATE TABLE ancestry (
+        weights_digest TEXT PRIMARY KEY, parents TEXT NOT NULL, time TEXT NOT NULL
     ) STRICT;
     """,
 )
@@ -382,7 +397,7 @@ class Store(Database):
         rows = self._rows("SELECT * FROM job ORDER BY number DESC LIMIT ?", limit)
         return tuple(_job(row) for row in reversed(rows))
 
-    # --- dispatches, attachments, receipts ---
+    # --- dispatches and attachments ---
 
     def claim_dispatch(self, dispatch_id: str, packet_id: str) -> bool:
         """Remember a dispatch; False if it was seen before (a replay)."""
@@ -429,6 +444,64 @@ class Store(Database):
             )
             for row in rows
         )  # fmt: skip
+
+    # --- screens ---
+
+    def put_screened(
+        self, combination: str, verdict: str, overridden: bool, report: Mapping[str, Any]
+    ) -> None:
+        """Record what the screens of a composed model found; the latest counts."""
+        self._run(
+            "INSERT OR REPLACE INTO screened VALUES (?, ?, ?, ?, ?)",
+            combination, verdict, int(overridden), _write(report), now_text(),
+        )  # fmt: skip
+
+    def screened(self, combination: str) -> ScreenedRow | None:
+        """What the screens of a composed model found, or None if nobody ran them."""
+        rows = self._rows("SELECT * FROM screened WHERE combination = ?", combination)
+        if not rows:
+            return None
+        row = rows[0]
+        return ScreenedRow(
+            row["combination"], row["verdict"], bool(row["overridden"]),
+            json.loads(row["report"]), row["time"],
+        )  # fmt: skip
+
+    def put_spectrum(
+        self, packet_id: str, base: str, kind: str, figures: Mapping[str, Any]
+    ) -> None:
+        """Add a kept packet's figures to the bank of its base and kind."""
+        self._run(
+            "INSERT OR REPLACE INTO spectrum VALUES (?, ?, ?, ?, ?)",
+            packet_id, base, kind, _write(figures), now_text(),
+        )  # fmt: skip
+
+    def drop_spectrum(self, packet_id: str) -> None:
+        """Forget a packet's figures."""
+        self._run("DELETE FROM spectrum WHERE packet_id = ?", packet_id)
+
+    def spectra(self, base: str, kind: str, but: str = "", limit: int = 64) -> tuple[Any, ...]:
+        """The bank of a base and kind, newest first, as JSON objects; without one packet."""
+        rows = self._rows(
+            "SELECT figures FROM spectrum WHERE base = ? AND kind = ? AND packet_id <> ?"
+            " ORDER BY rowid DESC LIMIT ?",
+            base, kind, but, limit,
+        )  # fmt: skip
+        return tuple(json.loads(row["figures"]) for row in rows)
+
+    def put_ancestry(self, weights_digest: str, parents: Sequence[Any]) -> None:
+        """Remember which packets a snapshot holds that this site exported."""
+        self._run(
+            "INSERT OR REPLACE INTO ancestry VALUES (?, ?, ?)",
+            weights_digest, json.dumps(list(parents)), now_text(),
+        )  # fmt: skip
+
+    def ancestry(self, weights_digest: str) -> tuple[Any, ...]:
+        """The packets inside a snapshot that this site exported, as JSON objects."""
+        rows = self._rows("SELECT parents FROM ancestry WHERE weights_digest = ?", weights_digest)
+        return tuple(json.loads(rows[0]["parents"])) if rows else ()
+
+    # --- receipts ---
 
     def add_receipt(self, row: ReceiptRow) -> None:
         """Record a recipient's receipt for one of our packets."""

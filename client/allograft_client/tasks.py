@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import random
 import shutil
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -20,22 +21,43 @@ import torch
 from allograft.crypto import canonical
 from allograft.errors import RejectedError
 from allograft.evaluate.audit import PersonTexts, Readings, judge, read_all
+from allograft.evaluate.behaviour import Baseline, screen_behaviour, watch_base
 from allograft.evaluate.bootstrap import paired_gain
 from allograft.evaluate.gate import GateRules, Outcome
 from allograft.evaluate.loss import Scoring, measure, prepare
+from allograft.evaluate.screen import (
+    ScreenReport,
+    ScreenResult,
+    ScreenRules,
+    Spectrum,
+    judge_spectrum,
+    read_spectrum,
+)
+from allograft.evaluate.spectrum import weigh_attachment
 from allograft.evaluate.trial import (
     OwnText,
+    StateSeal,
     Subject,
     TrialPlan,
     TrialStep,
+    attached,
     run_trial,
     seal_state,
 )
+from allograft.limits import LIMITS
+from allograft.plainfile import read_plain
 from allograft.privacy.dossier import write_gate
 from allograft.privacy.dp import DpConstants
 from allograft.privacy.memorisation import DpClaim
 from allograft.privacy.people import read_people
 from allograft.privacy.thresholds import AuditThresholds
+from allograft.provenance.ancestry import (
+    FILE_NAME,
+    Ancestor,
+    Ancestry,
+    read_ancestors,
+    write_ancestors,
+)
 from allograft.provenance.lineage import describe_base
 from allograft.provenance.statement import write_base
 from allograft.recipes import export
@@ -97,6 +119,7 @@ def _describe(task: Task, tell: Tell) -> dict[str, Any]:
     tell({"stage": "reading weights"})
     path = Path(_text(task, "model"))
     base = describe_base(path)
+    parents = _read_parents(path)
     tell({"stage": "loading model"})
     loaded = _load(task)
     counts = {
@@ -109,7 +132,19 @@ def _describe(task: Task, tell: Tell) -> dict[str, Any]:
         "parameters": sum(value.numel() for value in loaded.model.parameters()),
         "documents": counts["data"],
         "retention_documents": counts["retention"],
+        "parents": write_ancestors(parents),
     }
+
+
+def _read_parents(model: Path) -> tuple[Ancestor, ...]:
+    """The packets inside a model, by the record beside its weights."""
+    try:
+        content = read_plain(model / FILE_NAME, LIMITS.json_document_bytes)
+    except FileNotFoundError:
+        return ()
+    except OSError as error:
+        raise RejectedError("AG-PRO-012", f"{FILE_NAME}: {type(error).__name__}") from error
+    return Ancestry.from_bytes(content).ancestors
 
 
 def _train(task: Task, tell: Tell) -> dict[str, Any]:
@@ -238,11 +273,19 @@ def _read_claim(value: canonical.Json) -> DpClaim | None:
 
 
 def _try(task: Task, tell: Tell) -> dict[str, Any]:
-    """A recipient's trial; on a good outcome the attachment is saved at the chosen dose."""
+    """Screens, then a recipient's trial; on a good outcome the attachment is saved at its dose.
+
+    An alarm ends it before the trial, unless a person said to go on. What a dose changes need not
+    grow with it, so a packet is screened at full dose first and again at the dose it would keep.
+    """
     tell({"stage": "loading model"})
     loaded = _load(task)
+    baseline = _watch_base(task, loaded, tell)
     _load_stack(task, loaded)
     recipe, attachment = _fit(task, loaded)
+    screens = [_screen_packet(task, loaded, baseline, (recipe, attachment))]
+    if screens[0].alarms and not canonical.as_bool(task["despite_alarm"]):
+        return {"screens": [screens[0].to_json()], "report": None}
     text = OwnText(
         _texts(drop_near_duplicates(read_documents(Path(_text(task, "data")))), task),
         _texts(drop_near_duplicates(read_documents(Path(_text(task, "retention")))), task),
@@ -262,10 +305,66 @@ def _try(task: Task, tell: Tell) -> dict[str, Any]:
         progress,
     )
     if report.decision.outcome is Outcome.KEEP:
+        kept = replace(attachment, dose=report.decision.dose)
+        if kept.dose != screens[0].dose:
+            tell({"stage": f"screens: dose {kept.dose:g}"})
+            screens.append(_screen_packet(task, loaded, baseline, (recipe, kept)))
         target = Path(_text(task, "attachment"))
         shutil.rmtree(target, ignore_errors=True)
-        save_attachment(replace(attachment, dose=report.decision.dose), target)
-    return {"report": report.to_json()}
+        save_attachment(kept, target)
+    return {"screens": [screen.to_json() for screen in screens], "report": report.to_json()}
+
+
+def _screen(task: Task, tell: Tell) -> dict[str, Any]:
+    """Screen what is kept on a model, as it is composed now."""
+    tell({"stage": "loading model"})
+    loaded = _load(task)
+    baseline = _watch_base(task, loaded, tell)
+    _load_stack(task, loaded)
+    tell({"stage": "screens: kept attachments"})
+    started = time.monotonic()
+    results = screen_behaviour(loaded.model, baseline)
+    return {"screen": _report(loaded, 1.0, results, {}, started).to_json()}
+
+
+def _watch_base(task: Task, loaded: _Loaded, tell: Tell) -> Baseline:
+    tell({"stage": "screens: the plain base"})
+    own = [canonical.as_text(line) for line in canonical.as_list(task["templates"])]
+    return watch_base(
+        loaded.model, loaded.tokenizer, templates=own, seed=canonical.as_int(task["screen_seed"])
+    )
+
+
+def _screen_packet(
+    task: Task, loaded: _Loaded, baseline: Baseline, packet: tuple[Any, Attachment]
+) -> ScreenReport:
+    """Screen a packet on the composed model; the model is left bit-exactly as it was."""
+    started = time.monotonic()
+    recipe, attachment = packet
+    spectrum = weigh_attachment(attachment, loaded.model)
+    bank = [read_spectrum(entry) for entry in canonical.as_list(task["bank"])]
+    seal = StateSeal(loaded.model, [baseline.head + row for row in baseline.prompts])
+    with attached(recipe, attachment, loaded.model, seal):
+        behaviour = screen_behaviour(loaded.model, baseline)
+    results = (judge_spectrum(spectrum, bank), *behaviour)
+    return _report(loaded, attachment.dose, results, spectrum, started)
+
+
+def _report(
+    loaded: _Loaded,
+    dose: float,
+    results: tuple[ScreenResult, ...],
+    spectrum: Spectrum,
+    started: float,
+) -> ScreenReport:
+    return ScreenReport(
+        version=ScreenRules().version,
+        dose=dose,
+        results=results,
+        spectrum=spectrum,
+        seconds=time.monotonic() - started,
+        device=str(loaded.model.device),
+    )
 
 
 def _revert(task: Task, tell: Tell) -> dict[str, Any]:
@@ -302,7 +401,10 @@ def _export(task: Task, tell: Tell) -> dict[str, Any]:
         loaded = _load(task)
         _load_stack(task, loaded)
         tell({"stage": "writing"})
-        export.export_merged(loaded.model, loaded.tokenizer, out)
+        base = canonical.as_sha256(task["base_digest"])
+        ancestry = Ancestry(base, read_ancestors(task["parents"]))
+        export.export_merged(loaded.model, loaded.tokenizer, out, ancestry)
+        return {"out": str(out), "weights_digest": describe_base(out).weights_digest}
     return {"out": str(out)}
 
 
@@ -312,6 +414,7 @@ _TASKS: dict[str, Callable[[Task, Tell], dict[str, Any]]] = {
     "evaluate": _evaluate,
     "audit": _audit,
     "try": _try,
+    "screen": _screen,
     "revert": _revert,
     "export": _export,
 }

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Trial, keep, revert, recall: a verified packet meets one of this site's models.
+"""Screens, trial, keep, revert, recall: a verified packet meets one of this site's models.
 
 Invariants: nothing is tried or kept unless every check of its take-in holds at that moment; what
-is kept is what the gate accepted, on the very stack it was tried on; what is reverted or recalled
-leaves no bit in the model, and that is measured, not assumed. Every outcome is told by a signed
-receipt in the same transaction that records it.
+is kept is what the gate accepted, on the very stack it was screened and tried on; what is reverted
+or recalled leaves no bit in the model, and that is measured, not assumed. Every outcome is told by
+a signed receipt in the same transaction that records it.
 """
 
 from __future__ import annotations
@@ -12,18 +12,33 @@ from __future__ import annotations
 import hashlib
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from allograft.crypto import canonical
 from allograft.errors import RejectedError
 from allograft.evaluate.gate import Outcome
 from allograft.evaluate.report import TrialReport
+from allograft.evaluate.screen import Verdict
 from allograft.privacy.policy import ReceivePolicy
 from allograft.routing.receipt import State
 from allograft_client.admission import admit_stored, close_opened, open_sealed
 from allograft_client.receipts import answer
 from allograft_client.rows import AttachmentRow, ModelRow, PacketRow
 from allograft_client.runner import Progress
+from allograft_client.screens import (
+    QUARANTINED,
+    add_to_bank,
+    bank_of,
+    combination,
+    is_screened_out,
+    queue_screen,
+    read_screens,
+    remember,
+    screen_inputs,
+    show_screen,
+    spectrum_facts,
+)
 from allograft_client.site import Site, model_base
 
 #: Codes that speak about the packet or its donor. All others name something that this site can
@@ -38,30 +53,54 @@ _ABOUT_PACKET = (
 )  # fmt: skip
 
 
-def try_packet(site: Site, packet_id: str, tell: Progress) -> Mapping[str, Any]:
-    """Try a verified packet on its model and let the gate decide.
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What a worker found, and the model, stack and conditions that it was given."""
+
+    result: Mapping[str, Any]
+    model: ModelRow
+    stack: tuple[AttachmentRow, ...]
+    conditions: str
+
+
+def try_packet(
+    site: Site, packet_id: str, tell: Progress, despite_alarm: bool = False
+) -> Mapping[str, Any]:
+    """Screen a verified packet, try it on its model, and let the gate decide.
+
+    Args:
+        site: The site.
+        packet_id: The packet.
+        tell: Told about progress.
+        despite_alarm: A person's decision, for this one trial, to go on if a screen alarms. It
+            stays in the packet's history, and such a packet is never kept automatically.
 
     Raises:
-        RejectedError: AG-SIT-004 for another state, the codes of `admission.admit_stored`,
-            AG-RCP-* or AG-EVA-* if it cannot be judged. A code about the packet refuses it; after
-            any other it waits in its state.
+        RejectedError: AG-SIT-004 for another state, AG-SIT-020 if a screen alarms, the codes of
+            `admission.admit_stored`, AG-RCP-* or AG-EVA-* if it cannot be judged. A code about the
+            packet refuses it; after any other it waits in its state.
         UnavailableError: AG-SIT-007 if the worker died, AG-STO-001 for the disk.
     """
-    row = site.store.packet(packet_id)
-    if row.role != "recipient" or row.state not in {"verified", "trialled", "reverted"}:
-        raise RejectedError("AG-SIT-004", f"packet {packet_id} is {row.state}")
-    if row.state == "trialled":
-        # Nobody may keep it while a trial replaces the attachment and the figures.
-        site.store.move_packet(packet_id, ["trialled"], "verified", "being tried again")
-        row = site.store.packet(packet_id)
+    row = _begin(site, packet_id, despite_alarm)
     try:
-        result = _run_trial(site, row, tell)
+        run = _run_trial(site, row, tell, despite_alarm)
+        reports = read_screens(run.result["screens"])
     except RejectedError as error:
         _conclude_if_about_packet(site, row, error)
         raise
     finally:
         close_opened(site, packet_id)
-    report = TrialReport.from_json(result["report"])
+    alarmed = next((report for report in reports if report.alarms), None)
+    site.store.add_packet_facts(
+        packet_id,
+        screens=[show_screen(report) for report in reports],
+        spectrum=spectrum_facts(reports[0]),
+        overridden=alarmed is not None and despite_alarm,
+    )
+    if alarmed is not None and not despite_alarm:
+        _conclude(site, row, "quarantined", alarmed.reason, QUARANTINED)
+        raise RejectedError(QUARANTINED, alarmed.reason)
+    report = TrialReport.from_json(run.result["report"])
     decision = report.decision
     figures = {
         "gain": decision.gain.value,
@@ -75,22 +114,47 @@ def try_packet(site: Site, packet_id: str, tell: Progress) -> Mapping[str, Any]:
     site.store.add_packet_facts(
         packet_id,
         trial=figures,
-        tried_on=result["tried_on"],
-        report=result["report"],
-        trial_network=result["network"],
+        tried_on=run.conditions,
+        report=run.result["report"],
+        trial_network=run.result["network"],
     )
     if decision.outcome is not Outcome.KEEP:
         reason = f"the gate said no: {decision.reason}"
         _conclude(site, row, "reverted", reason)
         return figures
-    reason = f"gain confirmed at dose {decision.dose:g}; waits for keep or revert"
-    site.store.move_packet(packet_id, [row.state], "trialled", reason)
-    if site.policy().receive.automatic_keep:
+    despite = f"; tried despite an alarm: {alarmed.reason}" if alarmed else ""
+    reason = f"gain confirmed at dose {decision.dose:g}; waits for keep or revert{despite}"
+    with site.store.transaction():
+        # The last screen is the one of the dose that would be kept.
+        if reports[-1].dose == decision.dose:
+            name = combination(run.model, run.stack, (packet_id, decision.dose))
+            remember(site, name, reports[-1], overridden=alarmed is not None)
+        site.store.move_packet(packet_id, [row.state], "trialled", reason)
+    if site.policy().receive.automatic_keep and alarmed is None:
         keep_packet(site, packet_id)
     return figures
 
 
-def _run_trial(site: Site, row: PacketRow, tell: Progress) -> Mapping[str, Any]:
+def _begin(site: Site, packet_id: str, despite_alarm: bool) -> PacketRow:
+    """The packet in a state that nobody can keep it from while its trial runs.
+
+    Raises:
+        RejectedError: AG-SIT-004 if it can not be tried.
+    """
+    row = site.store.packet(packet_id)
+    can_try = row.state in {"verified", "trialled", "reverted"} or is_screened_out(row)
+    if row.role != "recipient" or not can_try:
+        raise RejectedError("AG-SIT-004", f"packet {packet_id} is {row.state}")
+    reason = "being tried again"
+    if despite_alarm:
+        reason = "an operator decided to try it despite any alarm of the screens"
+    # A trial replaces the attachment and the figures that a keep would rely on.
+    if despite_alarm or row.state in {"trialled", "quarantined"}:
+        site.store.move_packet(packet_id, [row.state], "verified", reason)
+    return site.store.packet(packet_id)
+
+
+def _run_trial(site: Site, row: PacketRow, tell: Progress, despite_alarm: bool) -> _Run:
     tell({"stage": "verifying again"})
     sealed, statement = admit_stored(site, row)
     payload = open_sealed(site, sealed, statement)
@@ -112,9 +176,12 @@ def _run_trial(site: Site, row: PacketRow, tell: Progress) -> Mapping[str, Any]:
         "min_gain": rules.min_gain,
         "max_retention_loss": rules.max_retention_loss,
         "attachment": str(site.packet_path(row.packet_id, "attachment")),
+        "despite_alarm": despite_alarm,
+        "bank": bank_of(site, row, model),
+        **screen_inputs(site),
     }
     result = site.runner.run(f"trial-{row.packet_id}", task, tell)
-    return {**result, "tried_on": _conditions_digest(model, stack, rules)}
+    return _Run(result, model, stack, _conditions_digest(model, stack, rules))
 
 
 def _conditions_digest(
@@ -138,8 +205,9 @@ def keep_packet(site: Site, packet_id: str) -> None:
 
     Raises:
         RejectedError: AG-SIT-004 unless it was tried with success, AG-SIT-016 if it must be tried
-            again, and the codes of `admission.admit_stored`. A code about the packet refuses it;
-            after any other it waits in its state.
+            again, AG-SIT-021 if this very combination was not screened, and the codes of
+            `admission.admit_stored`. A code about the packet refuses it; after any other it waits
+            in its state.
     """
     row = site.store.packet(packet_id)
     if row.state != "trialled":
@@ -151,29 +219,35 @@ def keep_packet(site: Site, packet_id: str) -> None:
         raise
     rules = site.policy().receive
     with site.store.transaction():
-        changed = _keep_if_tried(site, packet_id, rules)
-        if changed:
-            site.store.move_packet(packet_id, ["trialled"], "verified", changed, "AG-SIT-016")
+        code, cause = _keep_if_tried(site, packet_id, rules)
+        if code:
+            site.store.move_packet(packet_id, ["trialled"], "verified", cause, code)
             if rules.automatic_trial:
                 site.store.add_job("heavy", "trial", packet_id)
-    if changed:
-        raise RejectedError("AG-SIT-016", changed)
+    if code:
+        raise RejectedError(code, cause)
 
 
-def _keep_if_tried(site: Site, packet_id: str, rules: ReceivePolicy) -> str:
-    """Attach it, or say what changed since its trial; call inside a transaction."""
+def _keep_if_tried(site: Site, packet_id: str, rules: ReceivePolicy) -> tuple[str, str]:
+    """Attach it, or tell the code and cause why not; call inside a transaction."""
     row = site.store.packet(packet_id)
     model = site.store.model(row.model)
-    now = _conditions_digest(model, site.store.attachments(model.name), rules)
-    if row.facts.get("tried_on") != now:
-        return f"{model.name}, its attachments or the gate's limits changed since the trial"
+    stack = site.store.attachments(model.name)
+    if row.facts.get("tried_on") != _conditions_digest(model, stack, rules):
+        return "AG-SIT-016", (
+            f"{model.name}, its attachments or the gate's limits changed since the trial"
+        )
     dose = row.facts["trial"]["dose"]
+    found = site.store.screened(combination(model, stack, (packet_id, dose)))
+    if found is None or (found.verdict == Verdict.ALARM and not found.overridden):
+        return "AG-SIT-021", f"{model.name} with this packet at dose {dose:g} was not screened"
     reason = f"attached to {model.name} at dose {dose:g}"
     site.store.move_packet(packet_id, ["trialled"], "kept", reason)
     path = site.packet_path(packet_id, "attachment")
     site.store.push_attachment(packet_id, model.name, path, dose)
+    add_to_bank(site, row, model)
     answer(site, row, "kept")
-    return ""
+    return "", ""
 
 
 def revert_packet(site: Site, packet_id: str, tell: Progress) -> Mapping[str, Any]:
@@ -201,6 +275,8 @@ def revert_packet(site: Site, packet_id: str, tell: Progress) -> Mapping[str, An
     result = site.runner.run(f"revert-{packet_id}", task, tell)
     with site.store.transaction():
         site.store.drop_attachment(packet_id)
+        site.store.drop_spectrum(packet_id)
+        queue_screen(site, model.name)
         site.store.add_packet_facts(packet_id, bit_exact=result["bit_exact"])
         reason = "taken out again; state and logits are bit-equal to before"
         site.store.move_packet(packet_id, ["kept", "trialled"], "reverted", reason)
@@ -231,6 +307,9 @@ def recall_packet(site: Site, packet_id: str) -> None:
     was_kept = row.state == "kept"
     with site.store.transaction():
         site.store.drop_attachment(packet_id)
+        site.store.drop_spectrum(packet_id)
+        if was_kept:
+            queue_screen(site, row.model)
         site.store.move_packet(
             packet_id,
             [row.state],

@@ -194,6 +194,20 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
             "the model, its stack or the gate's limits changed since the packet was tried",
             "Try it again with `allograft-site trial ID`, unless its new trial is queued already.",
         ),
+        "AG-SIT-020": ErrorCode(
+            "a screen raised an alarm, so the packet is quarantined and was not tried",
+            "`allograft-site packet show ID` tells which and why. It is no proof of an attack: ask "
+            "the donor, or decide with `allograft-site trial ID --despite-alarm`.",
+        ),
+        "AG-SIT-021": ErrorCode(
+            "this combination of attachments was not screened",
+            "Screen what is kept with `allograft-site model screen NAME`; try a packet anew with "
+            "`allograft-site trial ID`, which screens what it adds.",
+        ),
+        "AG-SIT-022": ErrorCode(
+            "a screen raised an alarm about the attachments that are kept together",
+            "`allograft-site model list` shows the model; revert the packet you trust least.",
+        ),
         # --- AG-PKT: packets, their files and their tensors ---
         "AG-PKT-001": ErrorCode(
             "a packet is of a kind that is not allowed",
@@ -343,6 +357,11 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
         "AG-PRO-011": ErrorCode(
             "a model directory cannot be identified",
             "It needs config.json, a tokenizer, and each tensor once in *.safetensors files.",
+        ),
+        "AG-PRO-012": ErrorCode(
+            "a model's record of the packets in it is malformed",
+            "allograft.json beside the weights is written by `allograft-site model export`; "
+            "export again.",
         ),
         # --- AG-ROS: the roster, enrolment and its keeper ---
         "AG-ROS-001": ErrorCode(
@@ -634,6 +653,11 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
             "a privacy plan or domain asks for more than the signed policy allows",
             "Plan more noise, or let the responsible roles change and sign the policy.",
         ),
+        "AG-PRV-015": ErrorCode(
+            "what was learnt on top of others' packets may not be passed on like this",
+            "Train on the trusted base instead; or every parent's licence must permit redonation "
+            "and the mode be strict with epsilon at most donate.redonate_epsilon.",
+        ),
         "AG-PRV-020": ErrorCode(
             "a release gate is missing, failed or could not be judged",
             "Read the gate's reason with `allograft-site packet show`; nothing has left the site.",
@@ -890,6 +914,10 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
         "AG-EVA-004": ErrorCode(
             "a trial report is malformed",
             "Run the trial again; reports are written by the trial only.",
+        ),
+        "AG-EVA-005": ErrorCode(
+            "a screen report is malformed",
+            "Run the trial again; reports are written by the screens only.",
         ),
         # --- AG-DEM: the demo ---
         "AG-DEM-001": ErrorCode(

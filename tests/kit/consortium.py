@@ -21,8 +21,10 @@ from allograft.errors import RejectedError
 from allograft.evaluate.bootstrap import Interval
 from allograft.evaluate.gate import Decision, DosePoint, Outcome, Reason
 from allograft.evaluate.report import DocumentCounts, TrialReport
+from allograft.evaluate.screen import ModuleFigures, ScreenReport, ScreenResult, Verdict
 from allograft.log.event import verify_event
 from allograft.privacy.dossier import GateResult, GateVerdict, write_gate
+from allograft.provenance.ancestry import FILE_NAME, Ancestry, read_ancestors, write_ancestors
 from allograft.provenance.lineage import describe_base
 from allograft.provenance.statement import write_base
 from allograft.recipes.base import ModelShape
@@ -90,6 +92,7 @@ class ScriptedRunner:
     tasks: list = field(default_factory=list)
     errors: dict = field(default_factory=dict)
     verdicts: dict = field(default_factory=dict)
+    alarms: tuple = ()
 
     def run(self, name, task, progress):
         self.tasks.append(dict(task))
@@ -126,11 +129,48 @@ class ScriptedRunner:
         return {"curve": curve, "documents": 30, "retention": 30}
 
     def _try(self, task):
+        screens = [screen_report(self.alarms, 1.0).to_json()]
+        if self.alarms and not task["despite_alarm"]:
+            return {"screens": screens, "report": None}
         Path(task["attachment"]).mkdir(parents=True, exist_ok=True)
-        return {"report": trial_report(task["packet_id"], self.outcome).to_json()}
+        if self.outcome is Outcome.KEEP:
+            screens.append(screen_report(self.alarms, 0.5).to_json())
+        report = trial_report(task["packet_id"], self.outcome)
+        return {"screens": screens, "report": report.to_json()}
+
+    def _screen(self, task):
+        return {"screen": screen_report(self.alarms, 1.0).to_json()}
+
+    def _describe(self, task):
+        base = describe_base(Path(task["model"]))
+        record = Path(task["model"]) / FILE_NAME
+        parents = Ancestry.from_bytes(record.read_bytes()).ancestors if record.exists() else ()
+        return {
+            "base": write_base(base),
+            "shape": SHAPE.to_json(),
+            "documents": 60,
+            "retention_documents": 60,
+            "parents": write_ancestors(parents),
+        }
+
+    def _export(self, task):
+        out = write_model(Path(task["out"]), seed=9)
+        ancestry = Ancestry(task["base_digest"], read_ancestors(task["parents"]))
+        (out / FILE_NAME).write_bytes(ancestry.to_bytes())
+        return {"out": str(out), "weights_digest": describe_base(out).weights_digest}
 
     def _revert(self, task):
         return {"bit_exact": True, "state_digest": "0" * 64}
+
+
+def screen_report(alarms, dose):
+    """A report as the screens would have written it."""
+    results = tuple(
+        ScreenResult(name, Verdict.ALARM if name in alarms else Verdict.PASS, "as scripted")
+        for name in ("spectrum", "templates", "triggers")
+    )
+    spectrum = {"a": ModuleFigures(1.0, 2.0, 0.3, 0.2, 3.0)}
+    return ScreenReport(1, dose, results, spectrum, 0.1)
 
 
 def trial_report(packet_id, outcome):

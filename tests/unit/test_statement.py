@@ -117,7 +117,7 @@ def run_of(packet, **changes):
         data_commitment=training.commit_data("d" * 64, b"s" * 16),
         started=NOW,
         finished=NOW,
-        parents=("1" * 32,),
+        parents=(statement.Parent("1" * 32, "2" * 64),),
         software={"allograft": "0.1.0"},
     )
     return replace(run, **changes)

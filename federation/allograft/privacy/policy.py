@@ -28,6 +28,7 @@ from allograft.crypto import canonical
 from allograft.errors import RejectedError
 from allograft.limits import LIMITS
 from allograft.plainfile import read_plain
+from allograft.provenance.ancestry import Ancestor
 
 #: Stands for every site of the roster in `recipients` and `donors`.
 ANY_SITE = "*"
@@ -42,6 +43,7 @@ Role = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]{0,62}$")]
 Kind = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
 ModeName = Literal["open", "measured", "strict"]
 Permission = Literal["merge", "distil", "redonate"]
+Purpose = Annotated[str, StringConstraints(min_length=1, max_length=LIMITS.text_field_chars)]
 
 
 class _Section(BaseModel):
@@ -61,6 +63,9 @@ class DonatePolicy(_Section):
         max_payload_bytes: Largest payload that may leave.
         wire_dtype: Number format of the tensors that leave. `bf16` with stochastic rounding
             destroys what could hide in the low bits of 32-bit weights; `f32` keeps them.
+        redonate_epsilon: Largest epsilon of a donation from a model that holds others' packets.
+            One of them may have been made to trap a record of this site (arXiv 2404.00473), and
+            a loose epsilon does not keep it in.
     """
 
     modes: tuple[ModeName, ...] = Field(default=(), strict=False)
@@ -70,6 +75,7 @@ class DonatePolicy(_Section):
     dispatch: Literal["automatic", "manual"] = "manual"
     max_payload_bytes: int = Field(default=4 << 30, ge=0, le=LIMITS.packet_payload_bytes)
     wire_dtype: Literal["bf16", "f32"] = "bf16"
+    redonate_epsilon: float = Field(default=1.0, gt=0.0, le=10.0, allow_inf_nan=False)
 
 
 class ReceivePolicy(_Section):
@@ -85,6 +91,10 @@ class ReceivePolicy(_Section):
         max_retention_loss: The worsening on retention text (nats per token) that the upper
             bound of its interval may reach.
         licence: Permissions that a packet must grant to be accepted.
+        purposes: Purposes that this site pursues, in the donors' words. A restriction like
+            `licence`: if any is given, a packet must be for one of them; with none, the donor's
+            purpose is recorded and a person's to keep to.
+        parents: Whether a packet may have been trained on top of other packets.
     """
 
     donors: tuple[SiteName, ...] = Field(default=(), strict=False)
@@ -95,6 +105,8 @@ class ReceivePolicy(_Section):
     min_gain: float = Field(default=0.0, ge=0.0, le=100.0, allow_inf_nan=False)
     max_retention_loss: float = Field(default=0.02, ge=0.0, le=100.0, allow_inf_nan=False)
     licence: tuple[Permission, ...] = Field(default=(), strict=False)
+    purposes: tuple[Purpose, ...] = Field(default=(), strict=False)
+    parents: Literal["accept", "refuse"] = "refuse"
 
 
 class ReceiptPolicy(_Section):
@@ -238,6 +250,43 @@ class Policy:
         lacking = sorted(set(rules.licence) - offered.permissions)
         if lacking:
             raise RejectedError("AG-PRV-005", f"the packet does not permit: {', '.join(lacking)}")
+        purposes = {_fold(purpose) for purpose in rules.purposes}
+        if purposes and _fold(offered.purpose) not in purposes:
+            raise RejectedError("AG-PRV-005", "the purpose is not in receive.purposes")
+        if offered.parents and rules.parents != "accept":
+            raise RejectedError(
+                "AG-PRV-005", f"made on top of {offered.parents} packets; see receive.parents"
+            )
+
+    def check_redonation(
+        self, parents: Iterable[Ancestor], mode: str, epsilon: float | None = None
+    ) -> None:
+        """Refuse to pass on what was trained on top of others' packets.
+
+        Args:
+            parents: Packets inside the model that is trained on; none is always fine.
+            mode: Privacy mode of the donation.
+            epsilon: What the mode guarantees; None if nothing.
+
+        Raises:
+            RejectedError: AG-PRV-015.
+        """
+        parents = tuple(parents)
+        for parent in parents:
+            if not parent.licence.redonate:
+                raise RejectedError(
+                    "AG-PRV-015", f"packet {parent.parent.packet_id[:12]} forbids redonation"
+                )
+        if not parents:
+            return
+        most = self.donate.redonate_epsilon
+        # Written so that NaN refuses.
+        if mode != "strict" or epsilon is None or not 0.0 < epsilon <= most:
+            raise RejectedError(
+                "AG-PRV-015",
+                f"the model holds {len(parents)} packets of others: only mode strict with epsilon "
+                f"at most {most:g} may pass on what is trained on it",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,6 +297,12 @@ class Reception:
     kind: str
     mode: str
     permissions: frozenset[str] = frozenset()
+    purpose: str = ""
+    parents: int = 0
+
+
+def _fold(purpose: str) -> str:
+    return " ".join(purpose.split()).casefold()
 
 
 def read_policy(path: Path) -> Policy:

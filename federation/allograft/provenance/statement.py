@@ -99,6 +99,19 @@ class Licence:
 
 
 @dataclass(frozen=True, slots=True)
+class Parent:
+    """A packet that was in the model another one was trained on.
+
+    Attributes:
+        statement_sha256: SHA-256 (hex) of its statement's envelope, which names its content, terms
+            and donor beyond doubt.
+    """
+
+    packet_id: str
+    statement_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
 class PacketStatement:
     """Everything a donor says about a packet.
 
@@ -108,7 +121,7 @@ class PacketStatement:
         parts: The payload files in the order of their names.
         facts: Facts of the kind; the recipe gives them types and bounds.
         wire_dtype: The one element type of the payload.
-        parents: Packets this one was trained on top of.
+        parents: Packets that were in the model this one was trained on.
         domain: What it is about, in a few words.
         retention_until: Last moment at which a recipient may keep it attached.
         norms: Frobenius norm of each payload file's tensors together, by file name.
@@ -131,7 +144,7 @@ class PacketStatement:
     purpose: str
     retention_until: datetime
     norms: Mapping[str, float]
-    parents: tuple[str, ...] = ()
+    parents: tuple[Parent, ...] = ()
 
     @property
     def subjects(self) -> tuple[Subject, ...]:
@@ -194,14 +207,10 @@ def _write(packet: PacketStatement) -> dict[str, canonical.Json]:
             ],
         },
         "wire_dtype": packet.wire_dtype,
-        "parents": list(packet.parents),
+        "parents": [write_parent(parent) for parent in packet.parents],
         "domain": packet.domain,
         "language": packet.language,
-        "licence": {
-            "merge": packet.licence.merge,
-            "distil": packet.licence.distil,
-            "redonate": packet.licence.redonate,
-        },
+        "licence": write_licence(packet.licence),
         "purpose": packet.purpose,
         "retention_until": canonical.format_time(packet.retention_until),
         "norms": dict(packet.norms),
@@ -257,6 +266,29 @@ def read_base(value: canonical.Json) -> BaseModel:
     )
 
 
+def write_parent(parent: Parent) -> dict[str, canonical.Json]:
+    """A parent as a JSON object."""
+    return {"packet_id": parent.packet_id, "statement_sha256": parent.statement_sha256}
+
+
+def read_parent(value: canonical.Json) -> Parent:
+    """Read a parent.
+
+    Raises:
+        RejectedError: AG-IN-003 if malformed.
+    """
+    fields = canonical.as_object(value, {"packet_id", "statement_sha256"})
+    return Parent(
+        canonical.as_random_id(fields["packet_id"]),
+        canonical.as_sha256(fields["statement_sha256"]),
+    )
+
+
+def write_licence(licence: Licence) -> dict[str, canonical.Json]:
+    """A licence as a JSON object."""
+    return {"merge": licence.merge, "distil": licence.distil, "redonate": licence.redonate}
+
+
 def _read(predicate: Mapping[str, canonical.Json]) -> PacketStatement:
     fields = canonical.as_object(
         dict(predicate),
@@ -293,11 +325,11 @@ def _read(predicate: Mapping[str, canonical.Json]) -> PacketStatement:
         wire_dtype=wire_dtype,
         domain=canonical.as_line(fields["domain"]),
         language=canonical.as_line(fields["language"]),
-        licence=_read_licence(fields["licence"]),
+        licence=read_licence(fields["licence"]),
         purpose=canonical.as_line(fields["purpose"]),
         retention_until=canonical.parse_time(canonical.as_text(fields["retention_until"])),
         norms=norms,
-        parents=tuple(canonical.as_random_id(parent) for parent in parents),
+        parents=tuple(read_parent(parent) for parent in parents),
     )
 
 
@@ -344,7 +376,12 @@ def _read_fraction(value: canonical.Json) -> float:
     return number
 
 
-def _read_licence(value: canonical.Json) -> Licence:
+def read_licence(value: canonical.Json) -> Licence:
+    """Read a licence.
+
+    Raises:
+        RejectedError: AG-IN-003 if malformed.
+    """
     fields = canonical.as_object(value, {"merge", "distil", "redonate"})
     return Licence(
         merge=canonical.as_bool(fields["merge"]),

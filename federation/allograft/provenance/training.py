@@ -17,6 +17,7 @@ from allograft.crypto import canonical
 from allograft.crypto.keys import SigningKey
 from allograft.errors import RejectedError
 from allograft.provenance.intoto import Statement, Subject, sign_statement
+from allograft.provenance.statement import Parent
 
 PROVENANCE_TYPE = "https://slsa.dev/provenance/v1"
 BUILD_TYPE = "urn:allograft:training:v1"
@@ -51,7 +52,7 @@ class TrainingRun:
     data_commitment: str
     started: datetime
     finished: datetime
-    parents: tuple[str, ...] = ()
+    parents: tuple[Parent, ...] = ()
     software: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -87,7 +88,10 @@ def sign_training(run: TrainingRun, subjects: tuple[Subject, ...], key: SigningK
         {"uri": _BASE, "digest": {"sha256": run.base_digest}},
         {"uri": _DATA, "digest": {"sha256": run.data_commitment}},
     ]
-    dependencies += [{"uri": _PARENT + parent} for parent in run.parents]
+    dependencies += [
+        {"uri": _PARENT + parent.packet_id, "digest": {"sha256": parent.statement_sha256}}
+        for parent in run.parents
+    ]
     predicate: dict[str, canonical.Json] = {
         "buildDefinition": {
             "buildType": BUILD_TYPE,
@@ -190,10 +194,7 @@ def _read_training(statement: Statement) -> TrainingRun:
         data_commitment=_read_dependency(data, _DATA),
         started=canonical.parse_time(canonical.as_text(metadata["startedOn"])),
         finished=canonical.parse_time(canonical.as_text(metadata["finishedOn"])),
-        parents=tuple(
-            canonical.as_random_id(_after(_PARENT, canonical.as_object(p, {"uri"})["uri"]))
-            for p in parents
-        ),
+        parents=tuple(_read_parent(parent) for parent in parents),
         software={
             canonical.as_line(name): canonical.as_line(version)
             for name, version in canonical.as_mapping(builder["version"]).items()
@@ -206,6 +207,15 @@ def _read_dependency(value: canonical.Json, uri: str) -> str:
     if fields["uri"] != uri:
         raise RejectedError("AG-PRO-001", f"expected a dependency {uri}")
     return canonical.as_sha256(canonical.as_object(fields["digest"], {"sha256"})["sha256"])
+
+
+def _read_parent(value: canonical.Json) -> Parent:
+    fields = canonical.as_object(value, {"uri", "digest"})
+    digest = canonical.as_object(fields["digest"], {"sha256"})
+    return Parent(
+        canonical.as_random_id(_after(_PARENT, fields["uri"])),
+        canonical.as_sha256(digest["sha256"]),
+    )
 
 
 def _after(prefix: str, value: canonical.Json) -> str:

@@ -22,19 +22,23 @@ from transformers import PreTrainedModel
 from allograft.durable import durable_write, storage_errors, sync_directory
 from allograft.errors import RejectedError
 from allograft.packet.adapter import CONFIG_NAME, render_adapter_config
+from allograft.provenance.ancestry import FILE_NAME, Ancestry
 from allograft.recipes.base import Attachment
 from allograft.recipes.blocks import FAMILIES
 from allograft.recipes.facts import LoraFacts
 from allograft.recipes.lora import PAYLOAD
 
 
-def export_merged(model: PreTrainedModel, tokenizer: Any, directory: Path) -> None:
+def export_merged(
+    model: PreTrainedModel, tokenizer: Any, directory: Path, ancestry: Ancestry | None = None
+) -> None:
     """Write a model with its attachments as one snapshot for `from_pretrained`.
 
     Args:
         model: With attachments at their doses.
         tokenizer: Written beside it.
         directory: Must not exist yet.
+        ancestry: The packets inside, written beside it as well.
 
     Raises:
         RejectedError: AG-RCP-024 if the directory exists.
@@ -43,6 +47,8 @@ def export_merged(model: PreTrainedModel, tokenizer: Any, directory: Path) -> No
     with _new_directory(directory) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        if ancestry is not None:
+            durable_write(temporary / FILE_NAME, ancestry.to_bytes())
 
 
 def export_peft(attachment: Attachment, directory: Path, base_model: str = "") -> None:

@@ -104,7 +104,7 @@ def null_packet(attachment: Attachment, model: PreTrainedModel, seed: int) -> At
         seed: Same seed, same noise.
     """
     generator = torch.Generator().manual_seed(seed)
-    start = _starting_point(attachment, model)
+    start = starting_point(attachment, model)
     tensors = {}
     for name, value in sorted(attachment.tensors.items()):
         origin = start.get(name, torch.zeros_like(value)).to(torch.float32)
@@ -116,7 +116,7 @@ def null_packet(attachment: Attachment, model: PreTrainedModel, seed: int) -> At
     return replace(attachment, attachment_id=key, tensors=tensors)
 
 
-def _starting_point(attachment: Attachment, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+def starting_point(attachment: Attachment, model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """What training began from: silenced copies for an organ, nothing for other kinds.
 
     A LoRA's A matrix does begin as noise, but as noise of a seed that only the donor knows.
