@@ -180,10 +180,10 @@ def test_measured_needs_two_roles_and_named_recipients() -> None:
     desk.change_dossier(
         approvals_required=("data-owner",), conditions_digest=desk.policy.conditions_digest
     )
-    assert refusal(desk) == "AG-PRV-011"
+    assert refusal(desk) == "AG-PRV-009"
     desk = Desk.under("measured")
     desk.policy = parse_policy(MODES.replace(b'["hospital-b", "hospital-d"]', b'["*"]'))
-    assert refusal(desk) == "AG-PRV-011"
+    assert refusal(desk) == "AG-PRV-009"
 
 
 def test_open_data_carries_no_claim_of_privacy() -> None:

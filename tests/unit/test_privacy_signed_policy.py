@@ -60,6 +60,9 @@ STEPS = {
     "audit.min_population": ("2000", "1999"),
     "audit.donation_epsilon": ("3.0", "3.5"),
     "audit.domain_epsilon": ("8.0", "9.0"),
+    "donate.redonate_epsilon": ("1.0", "2.0"),
+    "receive.purposes": ('["research"]', '["research", "care"]'),
+    "receive.parents": ('"refuse"', '"accept"'),
     "audit.max_delta": ("1e-6", "1e-5"),
     "audit.measured_approvals": ("3", "2"),
 }

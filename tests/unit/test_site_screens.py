@@ -362,7 +362,7 @@ def test_packets_with_parents_are_taken_where_the_policy_says_so(
     model = two[A].site.store.model("base")
     ancestors = [
         {
-            "packet_id": "7" * 32,
+            "packet_id": "7a" * 16,
             "statement_sha256": "8" * 64,
             "licence": {"merge": True, "distil": False, "redonate": True},
         }
@@ -376,7 +376,7 @@ def test_packets_with_parents_are_taken_where_the_policy_says_so(
     packet_id = arrive(two)
     assert state(two, packet_id) == expected
     if expected[0] == "kept":
-        assert two[B].site.store.packet(packet_id).facts["parents"] == ["7" * 32]
+        assert two[B].site.store.packet(packet_id).facts["parents"] == ["7a" * 16]
 
 
 @pytest.mark.parametrize(

@@ -103,10 +103,11 @@ def test_without_a_policy_nothing_attaches(tmp_path):
     two.close()
 
 
-def test_modes_that_are_not_available_are_refused_before_anything_runs(two):
+def test_protected_modes_are_refused_without_a_plan_before_anything_runs(two):
     for mode in ("strict", "measured"):
-        with pytest.raises(RejectedError, match="AG-PRV-011"):
-            donor.plan_donation(two[A].site, two[A].plan(mode=mode))
+        plan = two[A].plan(mode=mode, nature="", declared_by="")
+        with pytest.raises(RejectedError, match="AG-PRV-053"):
+            donor.plan_donation(two[A].site, plan)
     assert two[A].runner.tasks == []
 
 
