@@ -53,9 +53,9 @@ _GATES: Mapping[str, str] = {
     "G0": "The packet is of a known kind and holds nothing else.",
     "G1": "The signed plan, its constants and the claimed epsilon agree.",
     "G2": "No text that leaves looks like a name, number or address of a person.",
-    "G3": "Text that only one person's records hold cannot be drawn out of the model.",
-    "G4": "Planted texts are not remembered more than promised.",
-    "G5": "An attacker cannot tell who was in the training data better than promised.",
+    "G3": "No passage that only one person's records hold came back within 1,000 tries.",
+    "G4": "Planted texts are not remembered more than was promised.",
+    "G5": "The attacks that were run do not recognise who took part more often than allowed.",
     "G6": "Tensors have the allowed names, shapes, sizes and finite values.",
     "G7": "The packet was learnt from enough people.",
 }
@@ -267,10 +267,10 @@ def _finding_sentences(evidence: Evidence) -> list[str]:
             f"{1000 * membership['tpr_high']:.0f})."
         )
     extraction = figures.get("G3", {})
-    if {"extractable", "suffixes"} <= extraction.keys():
+    if {"extractable", "possible"} <= extraction.keys():
         said.append(
-            f"{extraction['extractable']:.0f} of {extraction['suffixes']:.0f} texts can be "
-            "regenerated in at most 1,000 tries."
+            f"{extraction['extractable']:,.0f} of {extraction['possible']:,.0f} passages of one "
+            "person's records came back within 1,000 tries."
         )
     if said:
         said.append("These are lower bounds on leakage.")
