@@ -21,6 +21,7 @@ from allograft.errors import AllograftError, RejectedError
 from allograft.limits import LIMITS
 from allograft.plainfile import read_plain
 from allograft.privacy.accountant import describe_accountant, epsilon_by_rdp
+from allograft.privacy.canaries import CanaryPlan
 from allograft.privacy.claim import PrivacyClaim
 from allograft.privacy.dossier import GateResult, PayloadPart, read_gate
 from allograft.privacy.ledger import Account, Committed, NonprivateRelease, Outcome, charge_for
@@ -83,6 +84,7 @@ def thresholds_of(policy: Policy) -> AuditThresholds:
         max_epsilon=policy.audit.donation_epsilon,
         population_dp=policy.audit.min_population_dp,
         population_measured=policy.audit.min_population,
+        canaries_min=policy.audit.canaries,
     )
 
 
@@ -131,7 +133,9 @@ class ProtectedRun:
             self._budget.population().enrol_people(self.plan.domain, ids)
             signed = find_plan(self._site, self.plan.plan_id).path
             durable_write(self._directory / PLAN_NAME, signed.read_bytes())
-            draw_people(ids, self._public_texts(), self._donation.holdout).save(self.people_file)
+            canaries = CanaryPlan(coins=policy.audit.canaries)
+            people = draw_people(ids, self._public_texts(), self._donation.holdout, canaries)
+            people.save(self.people_file)
         if self.plan.constants is not None and not self._is_released():
             self._budget.reserve(charge_for(self.plan))
 

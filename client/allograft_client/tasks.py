@@ -178,15 +178,33 @@ def _person_windows(task: Task, plan: Plan, loaded: _Loaded) -> Windows:
     Nothing is deduplicated: whether one person's record stays must not depend on another's.
     """
     people = read_people(Path(_text(task, "people")))
-    persons = group_persons(_private_documents(task))
-    texts = [persons[person] for person in people.split.train]
+    persons = _Persons(task)
+    texts = [persons.documents(person) for person in people.split.train]
     texts += [[Document(planted.text)] for planted in people.planted]
     most = _MOST_WINDOWS if plan.private is None else plan.private.windows_per_person
     return make_person_windows(texts, loaded.tokenizer, _window(task, loaded), most)
 
 
-def _private_documents(task: Task) -> list[Document]:
-    return read_documents(Path(_text(task, "data")), _text(task, "person_field"))
+class _Persons:
+    """The records of private data by whom they are about."""
+
+    def __init__(self, task: Task) -> None:
+        data, field = Path(_text(task, "data")), _text(task, "person_field")
+        self._documents = group_persons(read_documents(data, field))
+
+    def documents(self, person: str) -> list[Document]:
+        """One person's records.
+
+        Raises:
+            RejectedError: AG-RCP-034 if they were there when the coins were tossed.
+        """
+        if person not in self._documents:
+            raise RejectedError("AG-RCP-034", "people vanished from the data since it was planned")
+        return self._documents[person]
+
+    def text(self, person: str) -> str:
+        """All text of one person."""
+        return "\n\n".join(document.text for document in self.documents(person))
 
 
 def _evaluate(task: Task, tell: Tell) -> dict[str, Any]:
@@ -222,8 +240,8 @@ def _held_out(task: Task) -> list[Document]:
     if not task["people"]:
         return _donor_split(task)[1]
     people = read_people(Path(_text(task, "people")))
-    persons = group_persons(_private_documents(task))
-    return [document for person in people.split.holdout for document in persons[person]]
+    persons = _Persons(task)
+    return [each for person in people.split.holdout for each in persons.documents(person)]
 
 
 def _audit(task: Task, tell: Tell) -> dict[str, Any]:
@@ -231,10 +249,10 @@ def _audit(task: Task, tell: Tell) -> dict[str, Any]:
     tell({"stage": "loading model"})
     loaded = _load(task)
     people = read_people(Path(_text(task, "people")))
-    persons = group_persons(_private_documents(task))
+    persons = _Persons(task)
     texts = PersonTexts(
-        members=tuple(_whole(persons[person]) for person in people.audited_members),
-        others=tuple(_whole(persons[person]) for person in people.audited_others),
+        members=tuple(persons.text(person) for person in people.audited_members),
+        others=tuple(persons.text(person) for person in people.audited_others),
     )
     recipe, attachment = _fit(task, loaded)
     tell({"stage": "auditing: the base"})
@@ -258,11 +276,6 @@ def _audit(task: Task, tell: Tell) -> dict[str, Any]:
         "exposure": [list(point) for point in audit.exposure],
         "roc": [list(point) for point in audit.roc],
     }
-
-
-def _whole(documents: Sequence[Document]) -> str:
-    """All text of one person."""
-    return "\n\n".join(document.text for document in documents)
 
 
 def _read_claim(value: canonical.Json) -> DpClaim | None:

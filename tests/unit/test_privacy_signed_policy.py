@@ -64,6 +64,7 @@ STEPS = {
     "receive.purposes": ('["research"]', '["research", "care"]'),
     "receive.parents": ('"refuse"', '"accept"'),
     "audit.max_delta": ("1e-6", "1e-5"),
+    "audit.canaries": ("1000", "200"),
     "audit.measured_approvals": ("3", "2"),
 }
 

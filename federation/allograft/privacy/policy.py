@@ -130,6 +130,8 @@ class AuditPolicy(_Section):
         donation_epsilon: Largest epsilon of one donation.
         domain_epsilon: Largest epsilon of all donations of a data domain together, for ever.
         max_delta: Largest delta of a donation.
+        canaries: Planted texts decided by a coin; about half of them are trained on, beside 310
+            repeated ones. A thousand can refute an epsilon of 5, two hundred one of 3.5.
         measured_approvals: Fewest roles that must agree to a packet of mode `measured`. One role
             is one pair of eyes, so there are never fewer than two.
     """
@@ -141,6 +143,7 @@ class AuditPolicy(_Section):
     donation_epsilon: float = Field(default=3.0, gt=0.0, le=10.0, allow_inf_nan=False)
     domain_epsilon: float = Field(default=8.0, gt=0.0, le=10.0, allow_inf_nan=False)
     max_delta: float = Field(default=1e-5, gt=0.0, le=1e-4, allow_inf_nan=False)
+    canaries: int = Field(default=1000, ge=100, le=100_000)
     measured_approvals: int = Field(default=2, ge=2, le=16)
 
     @model_validator(mode="after")

@@ -210,5 +210,6 @@ _WEAKER: Mapping[str, Callable[[Any, Any], bool]] = {
     "audit.donation_epsilon": _is_higher,
     "audit.domain_epsilon": _is_higher,
     "audit.max_delta": _is_higher,
+    "audit.canaries": _is_lower,
     "audit.measured_approvals": _is_lower,
 }
