@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The coordinator's one right over the roster: to say, daily, that it is still the newest.
 
-The timestamp key stays online. Whoever steals it can hold sites at the newest roster they have,
-for as long as timestamps live, and can enrol or change nothing.
+The timestamp key stays online. Whoever has it, the coordinator too, can hold sites at the newest
+roster they have until its snapshot expires (`keeper.TARGETS_LIFETIME`), and can enrol or change
+nothing.
 """
 
 from __future__ import annotations
