@@ -21,7 +21,7 @@ from allograft.errors import AllograftError, RejectedError
 from allograft.limits import LIMITS
 from allograft.plainfile import read_plain
 from allograft.privacy.accountant import describe_accountant, epsilon_by_rdp
-from allograft.privacy.canaries import CanaryPlan
+from allograft.privacy.canaries import CanaryPlan, PersonSplit
 from allograft.privacy.claim import PrivacyClaim
 from allograft.privacy.dossier import GateResult, PayloadPart, read_gate
 from allograft.privacy.ledger import Account, Committed, NonprivateRelease, Outcome, charge_for
@@ -135,6 +135,7 @@ class ProtectedRun:
             durable_write(self._directory / PLAN_NAME, signed.read_bytes())
             canaries = CanaryPlan(coins=policy.audit.canaries)
             people = draw_people(ids, self._public_texts(), self._donation.holdout, canaries)
+            self._check_sides(policy, people.split)
             people.save(self.people_file)
         if self.plan.constants is not None and not self._is_released():
             self._budget.reserve(charge_for(self.plan))
@@ -229,6 +230,19 @@ class ProtectedRun:
         if len(ids) < least:
             raise RejectedError("AG-PRV-078", f"fewer than {least} persons")
         return ids
+
+    def _check_sides(self, policy: Policy, split: PersonSplit) -> None:
+        """Refuse before anything is spent what gates G5 and G7 would refuse afterwards."""
+        rules = thresholds_of(policy)
+        strict = self.plan.mode is Mode.STRICT
+        least = rules.population_dp if strict else rules.population_measured
+        if len(split.train) < least:
+            raise RejectedError("AG-PRV-078", f"fewer than {least} persons to train on")
+        if min(len(split.train), len(split.holdout)) < rules.membership_min_persons:
+            raise RejectedError(
+                "AG-PRV-078",
+                f"fewer than {rules.membership_min_persons} persons on a side of the audit",
+            )
 
     def _public_texts(self) -> list[str]:
         model = self._site.store.model(self._donation.model)

@@ -637,8 +637,7 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
         ),
         "AG-PRV-011": ErrorCode(
             "the evidence or the policy does not meet the rules of the privacy mode",
-            "strict needs a signed plan with constants; measured needs two approving roles and "
-            "recipients that are named in the policy.",
+            "Build the packet again from its signed plan; a recipient refuses it as it is.",
         ),
         "AG-PRV-012": ErrorCode(
             "the declaration that the data is public or synthetic is missing or out of place",
@@ -705,10 +704,6 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
         "AG-PRV-053": ErrorCode(
             "a privacy plan does not fit its mode",
             "Mode strict needs constants, measured may go without, open has no plan.",
-        ),
-        "AG-PRV-054": ErrorCode(
-            "a claimed epsilon is not the one that the plan's constants give",
-            "Claim what `allograft-site plan show` computes; believe no packet that claims less.",
         ),
         "AG-PRV-055": ErrorCode(
             "no noise reaches the target epsilon",
@@ -817,7 +812,7 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
         ),
         "AG-PRV-081": ErrorCode(
             "the records do not say whom they are about",
-            "Give every JSONL record the field of the person's id, and name it in the plan.",
+            "Give every JSONL record the person's id, and name its field with --person-field.",
         ),
         # --- AG-RCP: recipes, their training data and the stack of attachments ---
         "AG-RCP-001": ErrorCode(

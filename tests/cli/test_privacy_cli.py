@@ -9,7 +9,6 @@ import pytest
 from allograft.errors import RejectedError
 from allograft.privacy.accountant import DpEvent, epsilon_by_rdp
 from allograft.privacy.ledger import Committed, NonprivateRelease, Outcome, charge_for
-from allograft.privacy.plan import check_claim
 from allograft.provenance.statement import Architecture, BaseModel, write_base
 from allograft_client import main_privacy
 from allograft_client.budget import Budget
@@ -80,7 +79,7 @@ def test_a_plan_is_proposed_shown_and_signed(state, capsys) -> None:
     assert run_site_json(capsys, "plan", "show", plan_id[:8], "--state", state) == signed
     assert signed["digest"] == made["digest"]
     filed = find_plan(open_state(state), plan_id)
-    assert check_claim(filed.plan, 3.0) <= 3
+    assert filed.plan.epsilon() <= 3
 
 
 def test_a_plan_is_told_in_words(state, capsys) -> None:
@@ -121,6 +120,8 @@ def test_mode_measured_may_go_without_constants_and_strict_may_not(state, capsys
     command = ("plan", "new", "--model", "notes", "--domain", "d", "--state", state)
     assert refusal(capsys, *command) == (2, "")
     made = run_site_json(capsys, *command, "--mode", "measured")
+    noisy = (*command, "--mode", "measured", "--target-epsilon", 3)
+    assert refusal(capsys, *noisy) == (1, "AG-PRV-053")
     assert made["constants"] is None
     assert "cost" not in made
 

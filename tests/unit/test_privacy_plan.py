@@ -2,7 +2,6 @@
 """A privacy plan is read as strictly as it is promised, and claims what its constants give."""
 
 import json
-import math
 from dataclasses import replace
 
 import pytest
@@ -12,7 +11,7 @@ from allograft.crypto.keys import SigningKey
 from allograft.errors import RejectedError
 from allograft.privacy.dp import DpConstants
 from allograft.privacy.modes import Mode
-from allograft.privacy.plan import PrivacyPlan, check_claim, read_plan, sign_plan, verify_plan
+from allograft.privacy.plan import PrivacyPlan, read_plan, sign_plan, verify_plan
 
 KEY = SigningKey.generate()
 CONSTANTS = DpConstants(0.01, 0.8, 1000, 0.5, 10.0, 1e-6, 4)
@@ -119,18 +118,7 @@ def test_a_plan_is_not_taken_for_another_document() -> None:
         verify_plan(envelope, [KEY.public], "hospital-a")
 
 
-def test_a_true_claim_is_believed_also_when_rounded_up() -> None:
-    epsilon = check_claim(PLAN, 4.3)
-    assert epsilon == pytest.approx(4.293, abs=1e-3)
-    assert check_claim(PLAN, epsilon) == epsilon
-
-
-@pytest.mark.parametrize("claim", [1.0, 4.2, 4.29, 6.0, 0.0, math.nan, math.inf])
-def test_refuses_a_false_claim(claim) -> None:
-    with pytest.raises(RejectedError, match="AG-PRV-054"):
-        check_claim(PLAN, claim)
-
-
-def test_refuses_any_claim_without_constants() -> None:
+def test_measured_claims_no_bound_and_plans_none() -> None:
     with pytest.raises(RejectedError, match="AG-PRV-053"):
-        check_claim(replace(PLAN, mode=Mode.MEASURED, constants=None), 1.0)
+        sign_plan(replace(PLAN, mode=Mode.MEASURED), KEY)
+    assert replace(PLAN, mode=Mode.MEASURED, constants=None).epsilon() is None

@@ -35,7 +35,7 @@ STRICT = (
     + "\n[audit]\nmin_population = 20\nmin_population_dp = 20\n"
 )
 NAMED = STRICT.replace('recipients = ["*"]', 'recipients = ["hospital-b"]')
-PEOPLE = 40
+PEOPLE = 900  # about 270 are held out; audits want 200 on each side
 
 
 @pytest.fixture
@@ -292,6 +292,11 @@ class TestPeople:
         assert state(two, A, packet_id) == ("refused", "AG-PRV-078")
         assert account(two).reserved == ()
 
+    def test_too_few_held_out_people_are_refused_before_anything_is_spent(self, two) -> None:
+        packet_id = donate(two, planned(two[A]), ids=people(100))
+        assert state(two, A, packet_id) == ("refused", "AG-PRV-078")
+        assert account(two).reserved == ()
+
     def test_a_data_set_renamed_into_a_fresh_domain_is_recognised(self, two) -> None:
         donate(two, planned(two[A]))
         Budget(two[A].site).open_domain(DomainOpened("fresh", 8.0, 1e-6, 4, "officer"))
@@ -317,8 +322,8 @@ class TestBudget:
         assert state(two, A, donate(two, planned(two[A]))) == ("refused", "AG-PRV-020")
 
     def test_a_spent_domain_refuses_the_next_run(self, two) -> None:
-        costly = replace(CONSTANTS, noise_multiplier=1.0)
-        for number in range(30):
+        costly = replace(CONSTANTS, noise_multiplier=1.0, sampling_rate=0.02)
+        for number in range(15):
             packet_id = donate(two, planned(two[A], purpose=f"run {number}", constants=costly))
             if state(two, A, packet_id)[0] == "refused":
                 break

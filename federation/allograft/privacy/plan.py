@@ -39,10 +39,6 @@ _NAME = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _TRAINING_DEPTH = 3
 _TRAINING_VALUES = 64
 
-#: A claim may be rounded up to two digits, never down.
-_CLAIM_ABOVE = 1.05
-_CLAIM_BELOW = 1 - 1e-6
-
 
 @dataclass(frozen=True, slots=True)
 class PrivacyPlan:
@@ -55,7 +51,7 @@ class PrivacyPlan:
         domain: The people, by the name of their domain in the ledger.
         kind: Kind of the packet to be made.
         base_digest: Digest of the base's weights (SHA-256, hex).
-        constants: What the noise is fixed by; None only in mode `measured`.
+        constants: What the noise is fixed by; None in mode `measured`, which proves no bound.
         training: Public parameters of the training loop; JSON.
         purpose: What the packet is for, in one line.
         created: When (UTC, whole seconds).
@@ -161,25 +157,6 @@ def read_plan(statement: bytes) -> PrivacyPlan:
         raise RejectedError("AG-PRV-052", error.cause) from error
 
 
-def check_claim(plan: PrivacyPlan, claimed_epsilon: float) -> float:
-    """The ε that the plan's constants give, if it is what somebody claims.
-
-    It shows that the claim fits the constants, not that the run happened that way.
-
-    Raises:
-        RejectedError: AG-PRV-053 if the plan has no constants, AG-PRV-054 for another ε.
-    """
-    epsilon = plan.epsilon()
-    if epsilon is None:
-        raise RejectedError("AG-PRV-053", f"mode {plan.mode} proves no epsilon")
-    # Written so that NaN refuses.
-    if not epsilon * _CLAIM_BELOW <= claimed_epsilon <= epsilon * _CLAIM_ABOVE:
-        raise RejectedError(
-            "AG-PRV-054", f"claimed {claimed_epsilon:.4g}, the constants give {epsilon:.4g}"
-        )
-    return epsilon
-
-
 def _read(statement: bytes) -> PrivacyPlan:
     document = canonical.as_object(
         canonical.loads(statement, LIMITS.privacy_plan_bytes),
@@ -201,8 +178,9 @@ def _read(statement: bytes) -> PrivacyPlan:
     if mode not in {Mode.STRICT, Mode.MEASURED}:
         raise RejectedError("AG-PRV-053", "a privacy plan is for mode strict or measured")
     constants = fields["constants"]
-    if constants is None and mode == Mode.STRICT:
-        raise RejectedError("AG-PRV-053", "mode strict without constants")
+    if (constants is None) == (mode == Mode.STRICT):
+        needs = "needs constants" if mode == Mode.STRICT else "has no constants"
+        raise RejectedError("AG-PRV-053", f"mode {mode} {needs}")
     training = canonical.as_mapping(fields["training"])
     _check_training(training)
     return PrivacyPlan(
