@@ -20,6 +20,7 @@ from allograft.evaluate.memory import (
     read_canaries,
     read_texts,
     saved_per_token,
+    sibling_logs,
     suffix_logs,
 )
 from allograft.privacy.audit import log_queries
@@ -38,7 +39,7 @@ from allograft.recipes.documents import Document
 from allograft.recipes.loop import train
 from allograft.recipes.plan import LoopPlan
 from allograft.recipes.windows import make_windows
-from kit.tiny import tiny_model
+from kit.tiny import FAMILIES, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -229,6 +230,18 @@ class TestReading:
         reading = read_texts(experiment.base, experiment.tokenizer, [text])
         length = len(experiment.tokenizer.encode(text[cut:]))
         assert logs[0] == pytest.approx(-reading.nats[0][-length:].sum(), rel=1e-4)
+
+    @pytest.mark.parametrize("family", FAMILIES)
+    def test_a_prompt_read_once_gives_the_same_chances(self, family: str, experiment) -> None:
+        model = tiny_model(family)
+        model.resize_token_embeddings(len(experiment.tokenizer))
+        prompt = "The patient came with a cough and fever for"
+        suffixes = [" 3 days", " a week and then some more", " ever", " 3 days", " 31 days"]
+        together = sibling_logs(model, experiment.tokenizer, prompt, suffixes)
+        pairs = [(prompt, suffix) for suffix in suffixes]
+        alone = suffix_logs(model, experiment.tokenizer, pairs)
+        assert np.allclose(together, alone, atol=1e-3)
+        assert together[0] == pytest.approx(together[3], abs=1e-4)
 
     def test_order_and_batches_do_not_matter(self, experiment: Experiment) -> None:
         pairs = [("The patient", " came with" + " cough" * n) for n in range(1, 9)]

@@ -12,6 +12,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -222,7 +223,59 @@ def suffix_logs(
     return logs
 
 
-def _split_pair(tokenizer: Any, prompt: str, suffix: str, limit: int) -> tuple[Sequence[int], int]:
+@torch.no_grad()
+def sibling_logs(model: Any, tokenizer: Any, prompt: str, suffixes: Sequence[str]) -> Numbers:
+    """As `suffix_logs` for several suffixes of one prompt, which the model reads once [suffixes].
+
+    A canary and its hundred alternatives share most of their tokens. The model's cache of the
+    shared ones is copied for each of them.
+
+    Raises:
+        RejectedError: AG-EVA-001 or -002 as `suffix_logs`.
+    """
+    limit = context_tokens(model)
+    rows = [_split_pair(tokenizer, prompt, suffix, limit) for suffix in suffixes]
+    shared = _shared_prefix([tokens for tokens, _ in rows])
+    shared = min([shared, *(begin for _, begin in rows), *(len(tokens) - 1 for tokens, _ in rows)])
+    rest, mask = pad_batch([tokens[shared:] for tokens, _ in rows], model.device)
+    with evaluating(model):
+        prefix = torch.tensor([rows[0][0][:shared]], device=model.device)
+        read = model(input_ids=prefix, use_cache=True)
+        cache = read.past_key_values
+        cache.batch_repeat_interleave(len(rows))
+        seen = torch.ones((len(rows), shared), dtype=mask.dtype, device=model.device)
+        logits = model(
+            input_ids=rest,
+            attention_mask=torch.cat([seen, mask], dim=1),
+            use_cache=True,
+            **{_cache_name(model): cache},
+        ).logits
+    first = read.logits[:, -1:].expand(len(rows), -1, -1)
+    chances = _log_chances(torch.cat([first, logits[:, :-1]], dim=1).float(), rest, 0)
+    logs = np.array(
+        [
+            float(row[begin - shared : len(tokens) - shared].sum())
+            for row, (tokens, begin) in zip(chances, rows, strict=True)
+        ]
+    )
+    if np.isnan(logs).any():
+        raise RejectedError("AG-EVA-002", "a suffix has no probability")
+    return logs
+
+
+def _cache_name(model: Any) -> str:
+    """What a family's forward calls a cache: the name changes within transformers 5."""
+    return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
+
+
+def _shared_prefix(rows: Sequence[list[int]]) -> int:
+    """How many tokens all rows begin with alike."""
+    first, last = min(rows), max(rows)  # whatever lies between shares at least as much
+    length = min(len(first), len(last))
+    return next((i for i in range(length) if first[i] != last[i]), length)
+
+
+def _split_pair(tokenizer: Any, prompt: str, suffix: str, limit: int) -> tuple[list[int], int]:
     """Tokens of a pair, cut at their start to fit, and where the suffix begins, at least 1."""
     whole = list(tokenizer.encode(prompt + suffix, verbose=False))
     if len(whole) < 2:
@@ -273,15 +326,11 @@ def read_canaries(
     if record.coins:
         prepared = prepare([canary.text for canary in record.coins], tokenizer, model, scoring)
         coins = _per_token(measure(model, prepared))
-    pairs = [
-        (canary.prompt, f" {secret}")
-        for canary in record.repeated
-        for secret in (canary.suffix, *canary.alternatives)
-    ]
-    batch_tokens = (scoring or Scoring()).batch_tokens
-    logs = suffix_logs(model, tokenizer, pairs, batch_tokens=batch_tokens)
-    sizes = [1 + len(canary.alternatives) for canary in record.repeated]
-    return CanaryReading(coins, tuple(np.split(logs, np.cumsum(sizes)[:-1])) if sizes else ())
+    secrets = []
+    for canary in record.repeated:
+        suffixes = [f" {secret}" for secret in (canary.suffix, *canary.alternatives)]
+        secrets.append(sibling_logs(model, tokenizer, canary.prompt, suffixes))
+    return CanaryReading(coins, tuple(secrets))
 
 
 def _per_token(losses: Losses) -> Numbers:
