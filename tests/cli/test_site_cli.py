@@ -27,6 +27,8 @@ from allograft_client.store import Store
 from kit.consortium import POLICY, SHAPE, ScriptedRunner, write_model
 from kit.founding import Founded, run_site, run_site_json
 
+PACKET = "0123456789abcdef0123456789abcdef"
+
 
 @pytest.fixture
 def founded(tmp_path):
@@ -52,6 +54,12 @@ def join(founded, state, capsys):
         capsys, "join", founded.publish(), "--root-fingerprint", founded.keeper.fingerprint,
         "--state", state,
     )  # fmt: skip
+
+
+def add_received(store, state="received", reason="arrived", role="recipient"):
+    store.add_packet(
+        PacketRow(PACKET, role, "hospital-b", "organ", "", "d" * 32, state, "", reason, {}, "t")
+    )
 
 
 def refusal(capsys, *arguments) -> tuple[int, str]:
@@ -251,6 +259,19 @@ def test_doctor_names_each_finding_with_its_fix(joined, capsys):
     # Nobody listens where the roster says the coordinator is.
     assert findings["coordinator"]["code"] == "AG-SIT-015"
     assert all(finding["fix"] for finding in findings.values() if finding["level"] != "ok")
+
+
+def test_an_edited_row_is_damage_and_doctor_goes_on(joined, capsys):
+    store = Store(joined / "site.db")
+    add_received(store)
+    store._run("UPDATE packet SET facts = '{{{'")
+    store.close()
+    assert refusal(capsys, "packets", "--state", joined) == (3, "AG-STO-004")
+    assert refusal(capsys, "packet", "show", PACKET, "--state", joined) == (3, "AG-STO-004")
+    status, out, _ = run_site(capsys, "doctor", "--state", joined, "--format", "json")
+    findings = {finding["check"]: finding for finding in json.loads(out)["findings"]}
+    assert (status, findings["database"]["code"]) == (3, "AG-STO-004")
+    assert findings["disk"]["level"] == "ok"
 
 
 def test_status_says_when_the_coordinator_was_heard(joined, capsys):
