@@ -199,7 +199,7 @@ def revert(
     timeout_s: TimeoutOption = 3600.0,
     format: FormatOption = Format.text,
 ) -> None:
-    """Take a packet out again, and show that the model is bit-equal to before."""
+    """Take a kept packet out, and show that the model is bit-equal to before; or decline it."""
     _act("revert", packet, state, wait, timeout_s, format)
 
 
