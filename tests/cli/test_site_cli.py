@@ -14,7 +14,7 @@ import pytest
 
 from allograft.crypto.canonical import format_time
 from allograft.durable import durable_file, lock_directory
-from allograft.errors import UnavailableError
+from allograft.errors import RejectedError, UnavailableError
 from allograft.privacy.policy import parse_policy
 from allograft.provenance.lineage import describe_base
 from allograft.provenance.statement import write_base
@@ -402,6 +402,25 @@ def test_a_second_daemon_on_the_same_state_is_refused(joined):
     with pytest.raises(UnavailableError, match="AG-STO-002"):
         Daemon(Home(joined)).run()
     release()
+
+
+def test_a_daemon_without_its_sealing_key_does_not_start(joined):
+    key = joined / "keys" / "sealing.key"
+    key.unlink()
+    with pytest.raises(UnavailableError, match="AG-STO-003"):
+        Daemon(Home(joined)).run()
+    key.mkdir()
+    with pytest.raises(RejectedError, match="AG-KEY-004"):
+        Daemon(Home(joined)).run()
+
+
+def test_doctor_warns_of_a_state_directory_that_others_may_write(joined, capsys):
+    for mode, level in ((0o700, "ok"), (0o755, "ok"), (0o777, "warning")):
+        joined.chmod(mode)
+        _, out, _ = run_site(capsys, "doctor", "--state", joined, "--format", "json")
+        (found,) = [f for f in json.loads(out)["findings"] if f["check"] == "directory"]
+        assert found["level"] == level
+    assert ("0777" in found["detail"], "chmod 700" in found["fix"]) == (True, True)
 
 
 def test_unknown_packets_and_models_are_named(joined, capsys):
