@@ -394,6 +394,15 @@ class Store(Database):
             )
         )  # fmt: skip
 
+    def open_jobs(self, subject: str) -> tuple[JobRow, ...]:
+        """Jobs that wait or run for a subject, oldest first."""
+        rows = self._rows(
+            "SELECT * FROM job WHERE subject = ? AND state IN ('queued', 'running')"
+            " ORDER BY number",
+            subject,
+        )
+        return tuple(self._parse(_job, row) for row in rows)
+
     def jobs(self, limit: int = 50) -> tuple[JobRow, ...]:
         """The newest jobs, oldest of them first."""
         rows = self._rows("SELECT * FROM job ORDER BY number DESC LIMIT ?", limit)

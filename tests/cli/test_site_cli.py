@@ -261,6 +261,33 @@ def test_doctor_names_each_finding_with_its_fix(joined, capsys):
     assert all(finding["fix"] for finding in findings.values() if finding["level"] != "ok")
 
 
+def test_progress_is_told_as_the_present_only_while_somebody_works(joined, capsys):
+    store = Store(joined / "site.db")
+    add_received(store, "training", "planned; its training is queued", role="donor")
+    number = store.add_job("heavy", "donate", PACKET)
+    assert "its training is queued" in run_site(capsys, "packets", "--state", joined)[1]
+    store.next_job("heavy")
+    store.set_progress(number, {"stage": "training", "done": 120, "of": 400})
+
+    def told():
+        (job,) = run_site_json(capsys, "status", "--state", joined)["jobs"]
+        _, listed, _ = run_site(capsys, "packets", "--state", joined)
+        _, shown, _ = run_site(capsys, "packet", "show", PACKET, "--state", joined)
+        assert job["progress"] in listed
+        assert job["progress"] in shown
+        return job["state"], job["progress"]
+
+    interrupted = ("queued", "interrupted at training 120/400; the daemon is stopped")
+    assert told() == interrupted
+    release = lock_directory(joined)
+    assert told() == ("running", "training 120/400")
+    store.requeue_jobs()
+    assert told() == ("queued", "waits to go on at training 120/400")
+    release()
+    assert told() == interrupted
+    store.close()
+
+
 def test_an_edited_row_is_damage_and_doctor_goes_on(joined, capsys):
     store = Store(joined / "site.db")
     add_received(store)
