@@ -63,7 +63,7 @@ class Daemon:
 
         Raises:
             UnavailableError: AG-STO-002 if another daemon uses the directory, AG-STO-003 if it
-                was never initialised.
+                was never initialised or a key is missing.
             RejectedError: AG-SIT-008 if the site has not joined; AG-KEY-* or AG-ROS-*.
         """
         self._home.settings()
@@ -76,6 +76,8 @@ class Daemon:
     def _run_locked(self) -> None:
         store = Store(self._home.database)
         site = open_site(self._home, store)
+        # Not held, but needed for every packet that arrives.
+        site.sealing_key()
         requeued = store.requeue_jobs()
         site.outbox.sweep()
         service = SiteService(

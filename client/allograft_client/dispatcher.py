@@ -17,7 +17,7 @@ from typing import Any
 from allograft.crypto import canonical, dsse
 from allograft.crypto.keys import SealingPublicKey
 from allograft.durable import durable_write, storage_errors
-from allograft.errors import RejectedError
+from allograft.errors import RejectedError, UnavailableError
 from allograft.packet.container import Recipient, SealPlan, join_attestations, split_attestations
 from allograft.privacy.dossier import Approval, Dossier, approve, verify_approval, verify_dossier
 from allograft.privacy.egress import seal_release
@@ -41,7 +41,7 @@ def approve_packet(site: Site, packet_id: str, role: str) -> None:
     """Sign one role's agreement to a packet's dossier; the last one needed offers the packet.
 
     Raises:
-        RejectedError: AG-SIT-004 for another state, AG-PRV-030 if the role is not asked for.
+        RejectedError: AG-SIT-004 for another state, AG-PRV-033 if the role is not asked for.
     """
     row = site.store.packet(packet_id)
     if row.state != "awaiting-approval":
@@ -129,7 +129,14 @@ def _dispatch_automatically(site: Site, route: Route) -> None:
 
 
 def queue_dispatch(site: Site, packet_id: str, recipients: Sequence[str]) -> int:
-    """Queue a dispatch under an id of its own, so that a repeated job repeats nothing."""
+    """Queue a dispatch under an id of its own, so that a repeated job repeats nothing.
+
+    Raises:
+        UnavailableError: AG-SIT-017 if the packet waits for its route. Nothing is queued: a job
+            that is put back would stand before the one that takes the route in.
+    """
+    if site.store.packet(packet_id).state == "offered":
+        raise UnavailableError("AG-SIT-017", _unrouted(packet_id))
     arguments = {"sites": list(recipients), "dispatch_id": secrets.token_hex(16)}
     return site.store.add_job("light", "dispatch", packet_id, arguments)
 
@@ -140,11 +147,14 @@ def dispatch_packet(
     """Seal a packet for recipients and let it leave.
 
     Raises:
-        RejectedError: AG-SIT-004 state, AG-SIT-014 not proposed, AG-ROS-* not enrolled, AG-PRV-*
-            policy, approvals or payload.
+        RejectedError: AG-SIT-004 state, AG-SIT-014 not proposed, AG-SIT-017 no route yet, AG-ROS-*
+            not enrolled, AG-PRV-* policy, approvals or payload.
         UnavailableError: AG-STO-001 when the disk is full; nothing was announced.
     """
     row = site.store.packet(packet_id)
+    if row.state == "offered":
+        # It was queued before the packet was offered.
+        raise RejectedError("AG-SIT-017", _unrouted(packet_id))
     if row.state not in {"routed", "dispatched"}:
         raise RejectedError("AG-SIT-004", f"packet {packet_id} is {row.state}")
     if any(entry["dispatch_id"] == dispatch_id for entry in _dispatches(site, packet_id)):
@@ -236,6 +246,10 @@ def take_receipt(site: Site, envelope: bytes) -> None:
             canonical.format_time(receipt.time),
         )
     )
+
+
+def _unrouted(packet_id: str) -> str:
+    return f"packet {packet_id} is offered and waits for a route"
 
 
 def _check_proposed(proposals: Sequence[Mapping[str, str]], recipients: Sequence[str]) -> None:

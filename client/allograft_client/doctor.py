@@ -12,6 +12,7 @@ import platform
 import shutil
 import socket
 import ssl
+import stat
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -65,6 +66,7 @@ def _run(name: str, check: Callable[[Home], Finding | str], home: Home) -> Findi
 def _checks() -> Iterator[tuple[str, Callable[[Home], Finding | str]]]:
     yield "python", _python
     yield "flower", _flower
+    yield "directory", _directory
     yield "settings", _settings
     yield "keys", _keys
     yield "database", _database
@@ -97,6 +99,18 @@ def _flower(_home: Home) -> Finding | str:
 
 def _program_path() -> str:
     return os.path.dirname(sys.executable) + os.pathsep + os.environ.get("PATH", "")
+
+
+def _directory(home: Home) -> Finding | str:
+    try:
+        mode = home.root.stat().st_mode
+    except FileNotFoundError as error:
+        raise UnavailableError("AG-STO-003", f"there is no directory {home.root}") from error
+    if mode & (stat.S_IWGRP | stat.S_IWOTH):
+        fix = f"Take it back with `chmod 700 {home.root}`; who may write there can replace files."
+        cause = f"others may write to {home.root} (mode {stat.S_IMODE(mode):04o})"
+        return Finding("directory", "warning", cause, "", fix)
+    return str(home.root)
 
 
 def _settings(home: Home) -> str:

@@ -90,7 +90,7 @@ def plan_donation(site: Site, plan: DonationPlan) -> tuple[str, int]:
                 dispatch_id="",
                 state="training",
                 code="",
-                reason="planned; training has not begun",
+                reason="planned; its training is queued",
                 facts={
                     "domain": plan.domain,
                     "mode": plan.mode,

@@ -15,10 +15,10 @@ import typer
 from allograft.cli.shell import Format, FormatOption, to_json
 from allograft.errors import RejectedError, UnavailableError
 from allograft_client.options import StateOption, TimeoutOption, open_state
-from allograft_client.requests import describe_progress
+from allograft_client.requests import find_progress
 from allograft_client.rows import ReceiptRow
 from allograft_client.site import Site
-from allograft_client.store import DONOR_STATES, RECIPIENT_STATES, Store
+from allograft_client.store import DONOR_STATES, RECIPIENT_STATES
 
 _LOOK_S = 0.5
 
@@ -63,7 +63,7 @@ def _changes(site: Site, packet: str, timeout_s: float) -> Iterator[Glimpse]:
     end_s = time.monotonic() + timeout_s
     last: Glimpse | None = None
     while time.monotonic() < end_s:
-        glimpse = _look(site.store, packet)
+        glimpse = _look(site, packet)
         if glimpse is not None and glimpse != last:
             yield glimpse
             last = glimpse
@@ -72,19 +72,18 @@ def _changes(site: Site, packet: str, timeout_s: float) -> Iterator[Glimpse]:
     raise UnavailableError("AG-SIT-009", f"the packet reached no state to stop at; {where}")
 
 
-def _look(store: Store, packet: str) -> Glimpse | None:
+def _look(site: Site, packet: str) -> Glimpse | None:
     try:
-        row = store.packet(packet)
+        row = site.store.packet(packet)
     except RejectedError:
         return None  # not here yet
-    jobs = [job for job in store.jobs() if job.subject == row.packet_id and job.state == "running"]
     return Glimpse(
         packet_id=row.packet_id,
         state=row.state,
         code=row.code,
         reason=row.reason,
-        progress=describe_progress(jobs[0]) if jobs else "",
-        receipts=store.receipts(row.packet_id),
+        progress=find_progress(site, row.packet_id),
+        receipts=site.store.receipts(row.packet_id),
     )
 
 

@@ -254,7 +254,7 @@ def _export(site: Site, job: JobRow, tell: Progress) -> Mapping[str, Any]:
     for entry in stack:
         if merging and not site.store.packet(entry.packet_id).facts.get("merge"):
             raise RejectedError(
-                "AG-PRV-005", f"packet {entry.packet_id[:12]} does not permit merging"
+                "AG-SIT-018", f"packet {entry.packet_id[:12]} does not permit merging"
             )
     task = {
         "task": "export",

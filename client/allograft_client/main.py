@@ -108,13 +108,14 @@ def status(state: StateOption = None, format: FormatOption = Format.text) -> Non
     packets = site.store.packets()
     jobs = [job for job in site.store.jobs() if job.state in {"queued", "running", "failed"}]
     heard = last_heard(site.store)
+    is_running = doctor.is_running(site.home)
     value = {
         "site": site.name,
         "coordinator": site.trust.coordinator,
         "roster_version": site.trust.latest_roster().version,
         "coordinator_heard": canonical.format_time(heard) if heard else "",
         "coordinator_silent": is_silent(heard, datetime.now(UTC)),
-        "daemon": "running" if doctor.is_running(site.home) else "stopped",
+        "daemon": "running" if is_running else "stopped",
         "models": [model.name for model in site.store.models()],
         "screened": {
             model.name: describe_combination(site, model)
@@ -136,8 +137,8 @@ def status(state: StateOption = None, format: FormatOption = Format.text) -> Non
                 "job": job.number,
                 "kind": job.kind,
                 "subject": job.subject,
-                "state": job.state,
-                "progress": requests.describe_progress(job),
+                "state": "queued" if job.state == "running" and not is_running else job.state,
+                "progress": requests.describe_progress(job, is_running),
                 "details": dict(job.progress),
                 "code": job.code,
                 "cause": job.cause,

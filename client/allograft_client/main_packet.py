@@ -199,7 +199,7 @@ def revert(
     timeout_s: TimeoutOption = 3600.0,
     format: FormatOption = Format.text,
 ) -> None:
-    """Take a packet out again, and show that the model is bit-equal to before."""
+    """Take a kept packet out, and show that the model is bit-equal to before; or decline it."""
     _act("revert", packet, state, wait, timeout_s, format)
 
 
@@ -220,7 +220,7 @@ def packets(state: StateOption = None, format: FormatOption = Format.text) -> No
             for extra in site.store.extras()
         ],
     }
-    emit(listed, format, lambda value: _render_packets(site, value["extras"]))
+    emit(listed, format, lambda value: _render_packets(value))
 
 
 @packet_app.command("show")
@@ -246,6 +246,7 @@ def describe_packet(site: Site, row: PacketRow) -> dict[str, Any]:
         "state": row.state,
         "code": row.code,
         "reason": row.reason,
+        "progress": requests.find_progress(site, row.packet_id),
         "time": row.time,
         "facts": row.facts,
         "history": [
@@ -280,6 +281,12 @@ def _line(row: PacketRow) -> str:
     return f"{row.packet_id[:12]}  {row.role:9}  {row.state:17}  {row.reason}{code}"
 
 
+def _packet_line(value: dict[str, Any]) -> str:
+    code = f" [{value['code']}]" if value["code"] else ""
+    words = value["progress"] or value["reason"]
+    return f"{value['packet_id'][:12]}  {value['role']:9}  {value['state']:17}  {words}{code}"
+
+
 def _render_donated(site: Site, packet_id: str) -> str:
     row = site.store.packet(packet_id)
     facts = row.facts
@@ -309,12 +316,12 @@ def _render_dispatched(row: PacketRow) -> str:
     )
 
 
-def _render_packets(site: Site, extras: list[dict[str, Any]]) -> str:
-    lines = [_line(row) for row in site.store.packets()]
+def _render_packets(value: dict[str, Any]) -> str:
+    lines = [_packet_line(described) for described in value["packets"]]
     lines += [
         f"{extra['packet_id'][:12]}  copy       quarantined        {extra['reason']} "
         f"[{extra['code']}]"
-        for extra in extras
+        for extra in value["extras"]
     ]
     return "\n".join(lines) or "No packets yet."
 
@@ -325,6 +332,8 @@ def _render_packet(value: dict[str, Any]) -> str:
         f"state  {value['state']}: {value['reason']}"
         + (f" [{value['code']}]" if value["code"] else ""),
     ]
+    if value["progress"]:
+        lines.append(f"now    {value['progress']}")
     if value["model"]:
         lines.append(f"model  {value['model']}")
     for screen in value["facts"].get("screens", []):

@@ -101,8 +101,30 @@ def progress_line(visible: bool) -> Iterator[Show]:
         yield lambda job: status.update(describe_progress(job))
 
 
-def describe_progress(job: JobRow) -> str:
-    """A job's progress in words, such as `training 120/400, loss 3.21`."""
+def find_progress(site: Site, packet_id: str) -> str:
+    """What a worker does or did last about a packet, in words; empty if nothing was begun."""
+    jobs = site.store.open_jobs(packet_id)
+    begun = [job for job in jobs if job.state == "running" or _is_put_back(job)]
+    return describe_progress(begun[0], is_directory_locked(site.home.root)) if begun else ""
+
+
+def _is_put_back(job: JobRow) -> bool:
+    """Whether a job was begun, put back, and goes on where it was."""
+    return job.state == "queued" and "stage" in job.progress
+
+
+def describe_progress(job: JobRow, is_daemon_running: bool = True) -> str:
+    """A job's progress in words, such as `training 120/400, loss 3.21`.
+
+    What a job that nobody works on said last is told as the past.
+    """
+    words = _describe_stage(job)
+    if not is_daemon_running and (job.state == "running" or _is_put_back(job)):
+        return f"interrupted at {words}; the daemon is stopped"
+    return f"waits to go on at {words}" if _is_put_back(job) else words
+
+
+def _describe_stage(job: JobRow) -> str:
     progress = job.progress
     words = str(progress.get("stage", job.state))
     if "of" in progress:

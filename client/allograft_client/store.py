@@ -134,7 +134,8 @@ class Store(Database):
 
     def models(self) -> tuple[ModelRow, ...]:
         """All models, by name."""
-        return tuple(_model(row) for row in self._rows("SELECT * FROM model ORDER BY name"))
+        rows = self._rows("SELECT * FROM model ORDER BY name")
+        return tuple(self._parse(_model, row) for row in rows)
 
     def model(self, name: str) -> ModelRow:
         """One model.
@@ -145,7 +146,7 @@ class Store(Database):
         rows = self._rows("SELECT * FROM model WHERE name = ?", name)
         if not rows:
             raise RejectedError("AG-SIT-003", f"no model named {name[:64]!r}")
-        return _model(rows[0])
+        return self._parse(_model, rows[0])
 
     # --- packets ---
 
@@ -249,11 +250,12 @@ class Store(Database):
         if len(rows) != 1:
             found = "more than one packet begins" if rows else "no packet here begins"
             raise RejectedError("AG-SIT-003", f"{found} with {packet_id[:32]}")
-        return _packet(rows[0])
+        return self._parse(_packet, rows[0])
 
     def packets(self) -> tuple[PacketRow, ...]:
         """All packets, oldest first."""
-        return tuple(_packet(row) for row in self._rows("SELECT * FROM packet ORDER BY rowid"))
+        rows = self._rows("SELECT * FROM packet ORDER BY rowid")
+        return tuple(self._parse(_packet, row) for row in rows)
 
     def history(self, packet_id: str) -> tuple[Change, ...]:
         """The states a packet went through, oldest first."""
@@ -275,7 +277,7 @@ class Store(Database):
         rows = self._rows(
             "SELECT * FROM item WHERE item_id = ? AND direction = ?", item_id, direction
         )
-        return _item(rows[0]) if rows else None
+        return self._parse(_item, rows[0]) if rows else None
 
     def items(self, direction: Direction, state: str, limit: int = -1) -> tuple[ItemRow, ...]:
         """Items in one state, oldest first."""
@@ -283,7 +285,7 @@ class Store(Database):
             "SELECT * FROM item WHERE direction = ? AND state = ? ORDER BY number LIMIT ?",
             direction, state, limit,
         )  # fmt: skip
-        return tuple(_item(row) for row in rows)
+        return tuple(self._parse(_item, row) for row in rows)
 
     def move_item(self, item_id: str, before: str, after: str, code: str = "") -> bool:
         """Change an item's state; False if it was not in `before`."""
@@ -380,7 +382,7 @@ class Store(Database):
         rows = self._rows("SELECT * FROM job WHERE number = ?", number)
         if not rows:
             raise RejectedError("AG-SIT-003", f"no job number {number}")
-        return _job(rows[0])
+        return self._parse(_job, rows[0])
 
     def has_open_job(self, kind: str, subject: str) -> bool:
         """Whether a job of this kind waits or runs for a subject."""
@@ -392,10 +394,19 @@ class Store(Database):
             )
         )  # fmt: skip
 
+    def open_jobs(self, subject: str) -> tuple[JobRow, ...]:
+        """Jobs that wait or run for a subject, oldest first."""
+        rows = self._rows(
+            "SELECT * FROM job WHERE subject = ? AND state IN ('queued', 'running')"
+            " ORDER BY number",
+            subject,
+        )
+        return tuple(self._parse(_job, row) for row in rows)
+
     def jobs(self, limit: int = 50) -> tuple[JobRow, ...]:
         """The newest jobs, oldest of them first."""
         rows = self._rows("SELECT * FROM job ORDER BY number DESC LIMIT ?", limit)
-        return tuple(_job(row) for row in reversed(rows))
+        return tuple(self._parse(_job, row) for row in reversed(rows))
 
     # --- dispatches and attachments ---
 
@@ -461,11 +472,7 @@ class Store(Database):
         rows = self._rows("SELECT * FROM screened WHERE combination = ?", combination)
         if not rows:
             return None
-        row = rows[0]
-        return ScreenedRow(
-            row["combination"], row["verdict"], bool(row["overridden"]),
-            json.loads(row["report"]), row["time"],
-        )  # fmt: skip
+        return self._parse(_screened, rows[0])
 
     def put_spectrum(
         self, packet_id: str, base: str, kind: str, figures: Mapping[str, Any]
@@ -487,7 +494,7 @@ class Store(Database):
             " ORDER BY rowid DESC LIMIT ?",
             base, kind, but, limit,
         )  # fmt: skip
-        return tuple(json.loads(row["figures"]) for row in rows)
+        return tuple(self._parse(_spectrum, row) for row in rows)
 
     def put_ancestry(self, weights_digest: str, parents: Sequence[Any]) -> None:
         """Remember which packets a snapshot holds that this site exported."""
@@ -499,7 +506,7 @@ class Store(Database):
     def ancestry(self, weights_digest: str) -> tuple[Any, ...]:
         """The packets inside a snapshot that this site exported, as JSON objects."""
         rows = self._rows("SELECT parents FROM ancestry WHERE weights_digest = ?", weights_digest)
-        return tuple(json.loads(rows[0]["parents"])) if rows else ()
+        return self._parse(_ancestry, rows[0]) if rows else ()
 
     # --- receipts ---
 
@@ -530,12 +537,15 @@ def _write(value: Mapping[str, Any]) -> str:
 def _model(row: sqlite3.Row) -> ModelRow:
     return ModelRow(
         row["name"], Path(row["path"]), Path(row["data"]), Path(row["retention"]),
-        json.loads(row["facts"]), row["time"],
+        _object(row["facts"]), row["time"],
     )  # fmt: skip
 
 
 def _packet(row: sqlite3.Row) -> PacketRow:
-    return PacketRow(**{**dict(row), "facts": json.loads(row["facts"])})
+    known = DONOR_STATES if row["role"] == "donor" else RECIPIENT_STATES
+    if row["state"] not in known:
+        raise ValueError
+    return PacketRow(**{**dict(row), "facts": _object(row["facts"])})
 
 
 def _item(row: sqlite3.Row) -> ItemRow:
@@ -546,5 +556,27 @@ def _item(row: sqlite3.Row) -> ItemRow:
 def _job(row: sqlite3.Row) -> JobRow:
     fields = dict(row)
     for name in ("arguments", "progress", "result"):
-        fields[name] = json.loads(fields[name])
+        fields[name] = _object(fields[name])
     return JobRow(**fields)
+
+
+def _screened(row: sqlite3.Row) -> ScreenedRow:
+    return ScreenedRow(
+        row["combination"], row["verdict"], bool(row["overridden"]), _object(row["report"]),
+        row["time"],
+    )  # fmt: skip
+
+
+def _spectrum(row: sqlite3.Row) -> Any:
+    return json.loads(row["figures"])
+
+
+def _ancestry(row: sqlite3.Row) -> tuple[Any, ...]:
+    return tuple(json.loads(row["parents"]))
+
+
+def _object(text: str) -> dict[str, Any]:
+    value = json.loads(text)
+    if not isinstance(value, dict):
+        raise TypeError
+    return value

@@ -251,7 +251,7 @@ def _keep_if_tried(site: Site, packet_id: str, rules: ReceivePolicy) -> tuple[st
 
 
 def revert_packet(site: Site, packet_id: str, tell: Progress) -> Mapping[str, Any]:
-    """Take a kept or tried packet back out, and show that no bit of it is left.
+    """Take a kept packet back out, and show that no bit of it is left; or decline a tried one.
 
     Raises:
         RejectedError: AG-SIT-004 for another state, AG-EVA-003 if the model was not restored.
@@ -260,6 +260,9 @@ def revert_packet(site: Site, packet_id: str, tell: Progress) -> Mapping[str, An
     row = site.store.packet(packet_id)
     if row.role != "recipient" or row.state not in {"kept", "trialled"}:
         raise RejectedError("AG-SIT-004", f"packet {packet_id} is {row.state}")
+    if row.state == "trialled":
+        _conclude(site, row, "reverted", "declined after its trial; nothing was attached")
+        return {"attached": False}
     model = site.store.model(row.model)
     others = [a for a in site.store.attachments(model.name) if a.packet_id != packet_id]
     attachment = site.packet_path(packet_id, "attachment")
@@ -279,7 +282,7 @@ def revert_packet(site: Site, packet_id: str, tell: Progress) -> Mapping[str, An
         queue_screen(site, model.name)
         site.store.add_packet_facts(packet_id, bit_exact=result["bit_exact"])
         reason = "taken out again; state and logits are bit-equal to before"
-        site.store.move_packet(packet_id, ["kept", "trialled"], "reverted", reason)
+        site.store.move_packet(packet_id, ["kept"], "reverted", reason)
         answer(site, row, "reverted")
     shutil.rmtree(attachment, ignore_errors=True)
     return {"bit_exact": result["bit_exact"], "state_digest": result["state_digest"]}

@@ -194,6 +194,15 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
             "the model, its stack or the gate's limits changed since the packet was tried",
             "Try it again with `allograft-site trial ID`, unless its new trial is queued already.",
         ),
+        "AG-SIT-017": ErrorCode(
+            "the packet is offered, and the coordinator has not answered with a route yet",
+            "Wait for the coordinator's route with `allograft-site packet follow ID --until "
+            "routed`, then dispatch again.",
+        ),
+        "AG-SIT-018": ErrorCode(
+            "a packet's licence does not permit merging, so no merged snapshot may hold it",
+            "Ask its donor to donate it anew with `--allow-merge`, or revert the packet first.",
+        ),
         "AG-SIT-020": ErrorCode(
             "a screen raised an alarm, so the packet is quarantined and was not tried",
             "`allograft-site packet show ID` tells which and why. It is no proof of an attack: ask "
@@ -676,6 +685,11 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
         "AG-PRV-032": ErrorCode(
             "the payload is not the one that was approved",
             "Build the packet again and have it approved; an approved payload is never changed.",
+        ),
+        "AG-PRV-033": ErrorCode(
+            "the dossier asks for no approval by this role",
+            "Approve in a role that the cause lists; donate.approvals in policy.toml named them "
+            "when the packet was built.",
         ),
         "AG-PRV-040": ErrorCode(
             "the payload holds something that its kind and base do not allow",

@@ -12,12 +12,14 @@ import contextlib
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar, Self, TypeVar
 
 from allograft.durable import storage_errors
 from allograft.errors import RejectedError, UnavailableError
+
+T = TypeVar("T")
 
 # The statements are fixed and tested, so one that is wrong in itself (SQLITE_ERROR) met tables that
 # no version of ours made.
@@ -103,6 +105,19 @@ class Database:
         """The rows of a query."""
         with _coded_errors(self._path):
             return self._connection().execute(sql, values).fetchall()
+
+    def _parse(self, read: Callable[[sqlite3.Row], T], row: sqlite3.Row) -> T:
+        """What a row says; one that we cannot have written is damage, not a defect.
+
+        Raises:
+            UnavailableError: AG-STO-004.
+        """
+        try:
+            return read(row)
+        except (ValueError, KeyError, TypeError, RecursionError, RejectedError) as error:
+            what = read.__name__.strip("_")
+            cause = f"{self._path.name}: a row of {what} is not one that we wrote"
+            raise UnavailableError("AG-STO-004", cause) from error
 
     def _connection(self) -> sqlite3.Connection:
         connection: sqlite3.Connection | None = getattr(self._local, "connection", None)

@@ -16,6 +16,7 @@ import typer
 
 from allograft.cli import shell
 from allograft.cli.main import app
+from allograft.durable import durable_file
 from allograft.errors import RejectedError, UnavailableError
 from allograft.roster.client import RosterClient
 from allograft.roster.enrolment import fingerprint, request_coordinator, request_site
@@ -153,6 +154,55 @@ def test_a_threshold_that_no_root_could_reach_is_misuse(files, run):
     status, _, err = run(*files.init(), "--keys", 2, "--threshold", 3)
     assert (status, "--threshold of 3" in err, "--help" in err) == (2, True, True)
     assert not files.keeper.exists()
+
+
+class FullDisk:
+    """Lets some files be written, then none."""
+
+    def __init__(self, monkeypatch, written):
+        real, left = durable_file, iter(range(written))
+
+        def full(path, mode=0o600):
+            if next(left, None) is None:
+                raise UnavailableError("AG-STO-001", f"cannot write {path.name}: no space")
+            return real(path, mode)
+
+        monkeypatch.setattr("allograft.durable.durable_file", full)
+
+
+@pytest.mark.parametrize("written", range(6))  # three root keys, targets key, coordinator, root
+def test_an_init_on_a_full_disk_leaves_nothing_in_the_way(files, run, monkeypatch, written):
+    with monkeypatch.context() as patch:
+        FullDisk(patch, written)
+        status, _, err = run(*files.init())
+    assert (status, "AG-STO-001" in err) == (3, True)
+    assert not files.keeper.exists()
+    assert run(*files.init())[0] == 0
+
+
+def test_an_init_on_a_full_disk_keeps_the_directory_it_was_given(files, run, monkeypatch):
+    files.keeper.mkdir()
+    FullDisk(monkeypatch, 3)
+    assert run(*files.init())[0] == 3
+    assert list(files.keeper.iterdir()) == []
+
+
+# Invitation, root, roster; targets, snapshot, timestamp; the anchor and the newest of the client.
+@pytest.mark.parametrize("written", range(8))
+def test_a_publication_on_a_full_disk_is_no_version(files, run, run_json, monkeypatch, written):
+    out = files.root / "out"
+    run(*files.init())
+    run("roster", "enrol", files.keeper, files.request("a"), "--yes")
+    assert run_json("roster", "publish", files.keeper, "--out", out)["version"] == 1
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with monkeypatch.context() as patch:
+        FullDisk(patch, written)
+        status, _, err = run("roster", "publish", files.keeper, "--out", out)
+    assert (status, "AG-STO-001" in err) == (3, True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    run("roster", "enrol", files.keeper, files.request("b"), "--yes")
+    assert run_json("roster", "publish", files.keeper, "--out", out)["version"] == 2
+    assert set(RosterClient(out).current(files.now).sites) == {"a", "b"}
 
 
 def test_a_missing_file_is_unavailable(files, run):

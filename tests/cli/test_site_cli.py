@@ -14,7 +14,7 @@ import pytest
 
 from allograft.crypto.canonical import format_time
 from allograft.durable import durable_file, lock_directory
-from allograft.errors import UnavailableError
+from allograft.errors import RejectedError, UnavailableError
 from allograft.privacy.policy import parse_policy
 from allograft.provenance.lineage import describe_base
 from allograft.provenance.statement import write_base
@@ -26,6 +26,8 @@ from allograft_client.settings import Home
 from allograft_client.store import Store
 from kit.consortium import POLICY, SHAPE, ScriptedRunner, write_model
 from kit.founding import Founded, run_site, run_site_json
+
+PACKET = "0123456789abcdef0123456789abcdef"
 
 
 @pytest.fixture
@@ -52,6 +54,12 @@ def join(founded, state, capsys):
         capsys, "join", founded.publish(), "--root-fingerprint", founded.keeper.fingerprint,
         "--state", state,
     )  # fmt: skip
+
+
+def add_received(store, state="received", reason="arrived", role="recipient"):
+    store.add_packet(
+        PacketRow(PACKET, role, "hospital-b", "organ", "", "d" * 32, state, "", reason, {}, "t")
+    )
 
 
 def refusal(capsys, *arguments) -> tuple[int, str]:
@@ -253,6 +261,46 @@ def test_doctor_names_each_finding_with_its_fix(joined, capsys):
     assert all(finding["fix"] for finding in findings.values() if finding["level"] != "ok")
 
 
+def test_progress_is_told_as_the_present_only_while_somebody_works(joined, capsys):
+    store = Store(joined / "site.db")
+    add_received(store, "training", "planned; its training is queued", role="donor")
+    number = store.add_job("heavy", "donate", PACKET)
+    assert "its training is queued" in run_site(capsys, "packets", "--state", joined)[1]
+    store.next_job("heavy")
+    store.set_progress(number, {"stage": "training", "done": 120, "of": 400})
+
+    def told():
+        (job,) = run_site_json(capsys, "status", "--state", joined)["jobs"]
+        _, listed, _ = run_site(capsys, "packets", "--state", joined)
+        _, shown, _ = run_site(capsys, "packet", "show", PACKET, "--state", joined)
+        assert job["progress"] in listed
+        assert job["progress"] in shown
+        return job["state"], job["progress"]
+
+    interrupted = ("queued", "interrupted at training 120/400; the daemon is stopped")
+    assert told() == interrupted
+    release = lock_directory(joined)
+    assert told() == ("running", "training 120/400")
+    store.requeue_jobs()
+    assert told() == ("queued", "waits to go on at training 120/400")
+    release()
+    assert told() == interrupted
+    store.close()
+
+
+def test_an_edited_row_is_damage_and_doctor_goes_on(joined, capsys):
+    store = Store(joined / "site.db")
+    add_received(store)
+    store._run("UPDATE packet SET facts = '{{{'")
+    store.close()
+    assert refusal(capsys, "packets", "--state", joined) == (3, "AG-STO-004")
+    assert refusal(capsys, "packet", "show", PACKET, "--state", joined) == (3, "AG-STO-004")
+    status, out, _ = run_site(capsys, "doctor", "--state", joined, "--format", "json")
+    findings = {finding["check"]: finding for finding in json.loads(out)["findings"]}
+    assert (status, findings["database"]["code"]) == (3, "AG-STO-004")
+    assert findings["disk"]["level"] == "ok"
+
+
 def test_status_says_when_the_coordinator_was_heard(joined, capsys):
     def lines():
         status, out, _ = run_site(capsys, "status", "--state", joined)
@@ -381,6 +429,25 @@ def test_a_second_daemon_on_the_same_state_is_refused(joined):
     with pytest.raises(UnavailableError, match="AG-STO-002"):
         Daemon(Home(joined)).run()
     release()
+
+
+def test_a_daemon_without_its_sealing_key_does_not_start(joined):
+    key = joined / "keys" / "sealing.key"
+    key.unlink()
+    with pytest.raises(UnavailableError, match="AG-STO-003"):
+        Daemon(Home(joined)).run()
+    key.mkdir()
+    with pytest.raises(RejectedError, match="AG-KEY-004"):
+        Daemon(Home(joined)).run()
+
+
+def test_doctor_warns_of_a_state_directory_that_others_may_write(joined, capsys):
+    for mode, level in ((0o700, "ok"), (0o755, "ok"), (0o777, "warning")):
+        joined.chmod(mode)
+        _, out, _ = run_site(capsys, "doctor", "--state", joined, "--format", "json")
+        (found,) = [f for f in json.loads(out)["findings"] if f["check"] == "directory"]
+        assert found["level"] == level
+    assert ("0777" in found["detail"], "chmod 700" in found["fix"]) == (True, True)
 
 
 def test_unknown_packets_and_models_are_named(joined, capsys):

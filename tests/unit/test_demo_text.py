@@ -10,10 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from allograft.cli import shell
 from allograft.cli.demo import base as demo_base, text as demo_text
-from allograft.cli.demo.base import WorldOptions, make_world
+from allograft.cli.demo.base import WorldOptions, check_own_files, make_world
 from allograft.cli.demo.processes import reporting
 from allograft.cli.demo.shape import train_tokenizer
+from allograft.cli.main import app
 from allograft.errors import RejectedError, UnavailableError
 from allograft.privacy.scan import scan_texts
 from allograft.recipes.blocks import describe_model
@@ -182,6 +184,26 @@ class TestWorld:
         with pytest.raises(RejectedError) as error:
             make_world(tmp_path / "world", WorldOptions(**{field: path}), quiet)
         assert error.value.code == code
+
+    @pytest.mark.parametrize(
+        ("option", "code"),
+        [("--base", "AG-DEM-011"), ("--data", "AG-DEM-010"), ("--general", "AG-DEM-010")],
+    )
+    def test_a_missing_file_is_refused_before_a_consortium_is_founded(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, code: str
+    ) -> None:
+        missing, keep = tmp_path / "missing", tmp_path / "keep"
+        status = shell.invoke(app, "allograft", ["demo", option, str(missing), "--keep", str(keep)])
+        err = capsys.readouterr().err
+        assert (status, code in err, str(missing) in err) == (1, True, True)
+        assert not keep.exists()
+
+    def test_too_little_text_is_refused_before_a_consortium_is_founded(
+        self, tmp_path: Path
+    ) -> None:
+        (tmp_path / "few.txt").write_text("one\n\ntwo\n\nthree", "utf-8")
+        with pytest.raises(RejectedError, match="AG-DEM-010"):
+            check_own_files(WorldOptions(data=tmp_path / "few.txt"))
 
     def test_an_unusable_base_is_refused(self, tmp_path: Path) -> None:
         with pytest.raises(RejectedError) as error:

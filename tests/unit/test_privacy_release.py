@@ -223,7 +223,7 @@ class TestClaim:
 def test_a_role_that_was_not_asked_cannot_approve() -> None:
     with pytest.raises(RejectedError) as error:
         approve(Desk().dossier, "janitor", TIME)
-    assert error.value.code == "AG-PRV-030"
+    assert error.value.code == "AG-PRV-033"
 
 
 def test_a_dossier_and_an_approval_survive_signing() -> None:

@@ -124,3 +124,20 @@ def test_syncs_every_commit(store):
     connection = store._connection()
     assert connection.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
     assert connection.execute("PRAGMA synchronous").fetchone()[0] == 2
+
+
+@pytest.mark.parametrize("change", ["facts = '{{{'", "facts = '[]'", "state = 'lost'"])
+def test_a_packet_row_that_nobody_here_wrote_is_damage(store, change):
+    store.add_packet(row())
+    store._run(f"UPDATE packet SET {change}")
+    for look in (store.packets, lambda: store.packet(PACKET)):
+        with pytest.raises(UnavailableError, match="AG-STO-004"):
+            look()
+
+
+def test_a_job_row_that_nobody_here_wrote_is_damage(store):
+    number = store.add_job("heavy", "trial", PACKET)
+    store._run("UPDATE job SET progress = 'x'")
+    for look in (store.jobs, lambda: store.job(number), lambda: store.next_job("heavy")):
+        with pytest.raises(UnavailableError, match="AG-STO-004"):
+            look()

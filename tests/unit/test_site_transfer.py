@@ -132,7 +132,7 @@ def test_refuses_an_approval_by_a_role_nobody_asked_for(tmp_path):
     policy = POLICY.replace("approvals = []", 'approvals = ["steward"]')
     two = Consortium(tmp_path, hospital_a=policy)
     packet_id = donate(two)
-    with pytest.raises(RejectedError, match="AG-PRV-030"):
+    with pytest.raises(RejectedError, match=r"AG-PRV-033.*asks for steward"):
         dispatcher.approve_packet(two[A].site, packet_id, "intern")
     two.close()
 
@@ -396,6 +396,48 @@ def test_waits_for_a_person_where_the_policy_says_so(tmp_path):
     two.step()
     assert state(two, B, packet_id) == ("kept", "")
     assert receipts(two, packet_id) == [(B, "kept", "")]
+    two.close()
+
+
+def test_a_dispatch_before_the_route_is_told_to_wait_for_it(two):
+    packet_id = donate(two)
+    site = two[A].site
+    site.store.move_packet(packet_id, ["routed"], "offered", "waits for a route")
+    jobs_before = len(site.store.jobs())
+    with pytest.raises(UnavailableError, match="AG-SIT-017") as caught:
+        dispatcher.queue_dispatch(site, packet_id, [B])
+    assert "packet follow" in caught.value.fix
+    assert len(site.store.jobs()) == jobs_before
+    with pytest.raises(RejectedError, match="AG-SIT-017"):
+        dispatcher.dispatch_packet(site, packet_id, "d" * 32, [B])
+    site.store.move_packet(packet_id, ["offered"], "withdrawn", "withdrawn by an operator")
+    with pytest.raises(RejectedError, match="AG-SIT-004"):
+        dispatcher.dispatch_packet(site, packet_id, "d" * 32, [B])
+
+
+def test_a_merged_export_needs_the_licence_of_its_donor(two, tmp_path):
+    packet_id = donate(two)
+    send(two, packet_id)
+    arguments = {"out": str(tmp_path / "merged"), "format": "merged"}
+    number = two[B].site.store.add_job("heavy", "export", "base", arguments)
+    two.step()
+    assert two[B].site.store.job(number).code == "AG-SIT-018"
+    assert not two[B].runner.done("export")
+
+
+def test_a_tried_packet_that_is_declined_was_never_attached(tmp_path):
+    two = Consortium(tmp_path, hospital_b=POLICY.replace("keep = true", "keep = false"))
+    packet_id = donate(two)
+    send(two, packet_id)
+    assert state(two, B, packet_id)[0] == "trialled"
+    number = two[B].site.store.add_job("heavy", "revert", packet_id)
+    two.step()
+    row = two[B].site.store.packet(packet_id)
+    assert (row.state, row.reason) == ("reverted", "declined after its trial; nothing was attached")
+    assert "bit_exact" not in row.facts | two[B].site.store.job(number).result
+    assert not two[B].runner.done("revert")
+    assert not two[B].site.packet_path(packet_id, "attachment").exists()
+    assert receipts(two, packet_id)[-1] == (B, "reverted", "")
     two.close()
 
 

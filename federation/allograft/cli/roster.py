@@ -19,7 +19,7 @@ from allograft.cli.shell import Format, FormatOption, emit
 from allograft.errors import RejectedError, UnavailableError
 from allograft.limits import LIMITS
 from allograft.roster import enrolment
-from allograft.roster.keeper import Keeper, write_published
+from allograft.roster.keeper import Keeper
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -186,8 +186,7 @@ def publish(
     keeper = Keeper(directory)
     if quorum:
         keeper.fix_quorum(quorum)
-    published = keeper.publish(_now())
-    write_published(published, out)
+    published = keeper.publish(_now(), out)
     result = Publication(
         version=published.version,
         digest=published.digest,

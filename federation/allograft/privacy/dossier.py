@@ -184,10 +184,13 @@ def approve(dossier: Dossier, role: str, time: str) -> Approval:
     """State one role's agreement to a dossier; the caller signs it.
 
     Raises:
-        RejectedError: AG-PRV-030 if the dossier does not ask for this role.
+        RejectedError: AG-PRV-033 if the dossier does not ask for this role.
     """
     if role not in dossier.approvals_required:
-        raise RejectedError("AG-PRV-030", "the dossier does not ask for an approval by this role")
+        asked = ", ".join(dossier.approvals_required) or "no role"
+        raise RejectedError(
+            "AG-PRV-033", f"{role[:64]!r} is not asked to approve; the dossier asks for {asked}"
+        )
     return Approval(dossier.packet_id, role, dossier.digest, dossier.parts, time)
 
 

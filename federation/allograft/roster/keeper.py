@@ -8,10 +8,14 @@ nothing counts before `publish` signed it, and a published version is never writ
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TypeVar
 
 from tuf.api.metadata import (
@@ -26,7 +30,7 @@ from tuf.api.metadata import (
 
 from allograft.crypto import keystore
 from allograft.crypto.notekey import NoteKey
-from allograft.durable import durable_write
+from allograft.durable import durable_write, sync_directory
 from allograft.errors import RejectedError, UnavailableError
 from allograft.limits import LIMITS
 from allograft.plainfile import read_plain
@@ -105,11 +109,32 @@ class Keeper:
 
         Raises:
             RejectedError: AG-ROS-016 if the directory is in use or the numbers make no sense.
+            UnavailableError: AG-STO-001; nothing is left behind then.
         """
         if not 1 <= threshold <= root_keys <= _ROOT_KEYS:
             raise RejectedError("AG-ROS-016", f"a threshold of {threshold} of {root_keys} keys")
         if directory.exists() and any(directory.iterdir()):
             raise RejectedError("AG-ROS-016", f"{directory.name} is not empty")
+        existed = directory.exists()
+        try:
+            cls._begin(directory, coordinator, now, root_keys, threshold)
+        except BaseException:
+            # Half a roster would only be in the way of the next attempt.
+            shutil.rmtree(directory, ignore_errors=True)
+            if existed:
+                # It is still there if it is a mount point.
+                directory.mkdir(mode=0o700, exist_ok=True)
+            raise
+        return cls(directory)
+
+    @staticmethod
+    def _begin(
+        directory: Path,
+        coordinator: CoordinatorRecord,
+        now: datetime,
+        root_keys: int,
+        threshold: int,
+    ) -> None:
         for name in ("keys", "metadata", "sites", "revoked"):
             (directory / name).mkdir(mode=0o700, parents=True, exist_ok=True)
         signers = [_make_key(directory, f"root-{n}") for n in range(1, root_keys + 1)]
@@ -124,7 +149,6 @@ class Keeper:
         durable_write(directory / "coordinator.json", coordinator.to_bytes(), mode=0o644)
         content = _sign(root, signers[:threshold])
         durable_write(directory / "metadata" / "1.root.json", content, mode=0o644)
-        return cls(directory)
 
     @property
     def fingerprint(self) -> str:
@@ -205,10 +229,15 @@ class Keeper:
         durable_write(self._path("revoked", f"{site_id}.json"), content, mode=0o644)
         path.unlink()
 
-    def publish(self, now: datetime) -> Published:
+    def publish(self, now: datetime, out: Path | None = None) -> Published:
         """Sign the records as a new version and verify the result as a site would.
 
+        Args:
+            now: The current time (UTC), in whole seconds.
+            out: Where `write_published` would write it. If that fails, there is no new version.
+
         Raises:
+            UnavailableError: AG-STO-001; the version is free for the next attempt then.
             RejectedError: AG-ROS-013 if the targets key is not there, AG-ROS-007 if the root has
                 expired (renew it).
         """
@@ -230,12 +259,30 @@ class Keeper:
             "timestamp.json": stamp,
             **records,
         }
-        roster = self._verify(files, now)
-        for name, content in files.items():
-            if not name.startswith("targets/") and not name.endswith(".root.json"):
-                durable_write(self._path("metadata", name), content, mode=0o644)
         invitation = Invitation(files["1.root.json"], files)
+        with contextlib.ExitStack() as stack:
+            if out is not None:
+                stack.enter_context(_staged(files, invitation, out))
+            roster = self._record(files, now)
         return Published(version, roster.digest, self.fingerprint, files, invitation)
+
+    def _record(self, files: bundle.Files, now: datetime) -> Roster:
+        """Verify a new version and make it the newest, or leave no trace of it."""
+        names = [n for n in files if not n.startswith("targets/") and not n.endswith(".root.json")]
+        before = {n: p.read_bytes() for n in names if (p := self._path("metadata", n)).exists()}
+        try:
+            for name in names:
+                durable_write(self._path("metadata", name), files[name], mode=0o644)
+            # Last, because the keeper's own client never goes back to an older version.
+            return self._verify(files, now)
+        except BaseException:
+            for name in names:
+                with contextlib.suppress(OSError, UnavailableError):
+                    if name in before:
+                        durable_write(self._path("metadata", name), before[name], mode=0o644)
+                    else:
+                        self._path("metadata", name).unlink(missing_ok=True)
+            raise
 
     def renew_root(
         self, now: datetime, coordinator: CoordinatorRecord | None = None
@@ -340,10 +387,27 @@ def write_published(published: Published, out: Path) -> None:
     Raises:
         UnavailableError: AG-STO-001.
     """
+    with _staged(published.files, published.invitation, out):
+        pass
+
+
+@contextlib.contextmanager
+def _staged(files: bundle.Files, invitation: Invitation, out: Path) -> Iterator[None]:
+    """Write what is published beside its places; it takes them when the block ends well."""
+    contents = {
+        "invitation.json": invitation.to_bytes(),
+        "root.json": invitation.root_json,
+        "roster.json": bundle.pack(files),
+    }
     out.mkdir(parents=True, exist_ok=True)
-    durable_write(out / "roster.json", bundle.pack(published.files), mode=0o644)
-    durable_write(out / "invitation.json", published.invitation.to_bytes(), mode=0o644)
-    durable_write(out / "root.json", published.invitation.root_json, mode=0o644)
+    with TemporaryDirectory(prefix=".publish-", dir=out) as name:
+        staging = Path(name)
+        for entry, content in contents.items():
+            durable_write(staging / entry, content, mode=0o644)
+        yield
+        for entry in contents:
+            os.replace(staging / entry, out / entry)
+        sync_directory(out)
 
 
 def _make_key(directory: Path, name: str) -> RosterSigner:

@@ -110,6 +110,27 @@ class World:
 Progress = Callable[[str, float], None]
 
 
+def check_own_files(options: WorldOptions) -> None:
+    """Refuse a person's files that cannot be used, before anything is made for them.
+
+    Raises:
+        RejectedError: AG-DEM-010 or AG-RCP-03x for unusable text, AG-DEM-011 for an unusable base.
+    """
+    if options.base is not None:
+        _check_base(options.base)
+    for name, path in (("data", options.data), ("general", options.general)):
+        if path is None:
+            continue
+        if not path.is_file():
+            raise RejectedError("AG-DEM-010", f"--{name}: there is no file {path}")
+        _require(len(read_documents(path)), _TRIAL_DOCUMENTS, f"documents in --{name}")
+
+
+def _check_base(base: Path) -> None:
+    if not (base / "config.json").is_file():
+        raise RejectedError("AG-DEM-011", f"there is no config.json in the base directory {base}")
+
+
 def make_world(directory: Path, options: WorldOptions, progress: Progress) -> World:
     """Make or take everything the sites start with.
 
@@ -201,8 +222,8 @@ class _Maker:
         if options.base is None:
             self._progress("tokenizer", 0.0)
             write_shape(shape, _read_texts(general))
-        elif not (options.base / "config.json").is_file():
-            raise RejectedError("AG-DEM-011", "there is no config.json in the base directory")
+        else:
+            _check_base(options.base)
         base = options.base or self._directory / "base"
         descendant, stranger = self._directory / "descendant", self._directory / "stranger"
         made, text, threads = options.base is None, str(general), self._threads

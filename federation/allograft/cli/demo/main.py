@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from allograft.cli.demo.base import WorldOptions, check_own_files
 from allograft.cli.demo.play import PlayOptions, play
 from allograft.cli.demo.processes import terminating_as_interrupt
 from allograft.cli.demo.report import print_report
@@ -54,6 +55,7 @@ def demo(
         raise typer.BadParameter("--keep names a directory that exists already")
     if report is not None and not os.access(report.resolve().parent, os.W_OK):
         raise typer.BadParameter("--report: its directory cannot be written")
+    check_own_files(WorldOptions(base=base, data=data, general=general))
     as_json = format is Format.json
     console = Console(stderr=as_json)
     options = PlayOptions(
