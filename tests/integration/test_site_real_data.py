@@ -142,7 +142,12 @@ def test_what_one_site_learnt_helps_another_even_when_its_daemon_is_killed(world
     )  # fmt: skip
     packet_id = donated["packet_id"]
     # Cards and offers may cross; the route is renewed when the recipient's card arrives.
-    wait_until("the coordinator proposes the recipient", lambda: proposes(world, packet_id))
+    # Longer than the two minutes after which a message that Flower lost is sent again.
+    wait_until(
+        "the coordinator proposes the recipient",
+        lambda: proposes(world, packet_id),
+        deadline_s=240,
+    )
     world.site(DONOR, "dispatch", packet_id, "--to", RECIPIENT)
     wait_until(
         "the recipient knows of the packet",
