@@ -175,7 +175,7 @@ def test_what_one_site_learnt_helps_another_even_when_its_daemon_is_killed(world
     )  # fmt: skip
     # The donor did not permit merging.
     assert refused.returncode == 1
-    assert "AG-PRV-005" in refused.stderr
+    assert "AG-SIT-018" in refused.stderr
     assert world.site(RECIPIENT, "revert", packet_id)["bit_exact"] is True
 
 

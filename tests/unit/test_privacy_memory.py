@@ -243,6 +243,13 @@ class TestReading:
         assert np.allclose(together, alone, atol=1e-3)
         assert together[0] == pytest.approx(together[3], abs=1e-4)
 
+    def test_siblings_of_a_prompt_that_is_cut_are_read_one_by_one(self, experiment) -> None:
+        model, prompt = experiment.base, "The patient came" + " and fever" * 300
+        suffixes = [" for 3 days", " for a very long time and then some more"]
+        together = sibling_logs(model, experiment.tokenizer, prompt, suffixes)
+        pairs = [(prompt, suffix) for suffix in suffixes]
+        assert np.allclose(together, suffix_logs(model, experiment.tokenizer, pairs), atol=1e-3)
+
     def test_order_and_batches_do_not_matter(self, experiment: Experiment) -> None:
         pairs = [("The patient", " came with" + " cough" * n) for n in range(1, 9)]
         together = suffix_logs(experiment.base, experiment.tokenizer, pairs)

@@ -237,6 +237,9 @@ def sibling_logs(model: Any, tokenizer: Any, prompt: str, suffixes: Sequence[str
     rows = [_split_pair(tokenizer, prompt, suffix, limit) for suffix in suffixes]
     shared = _shared_prefix([tokens for tokens, _ in rows])
     shared = min([shared, *(begin for _, begin in rows), *(len(tokens) - 1 for tokens, _ in rows)])
+    if shared < 1:
+        # A prompt near the end of the context is cut at another place for each suffix.
+        return suffix_logs(model, tokenizer, [(prompt, suffix) for suffix in suffixes])
     rest, mask = pad_batch([tokens[shared:] for tokens, _ in rows], model.device)
     with evaluating(model):
         prefix = torch.tensor([rows[0][0][:shared]], device=model.device)
