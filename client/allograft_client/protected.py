@@ -14,7 +14,7 @@ import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from allograft.durable import durable_write
 from allograft.errors import AllograftError, RejectedError
@@ -25,7 +25,6 @@ from allograft.privacy.canaries import CanaryPlan, PersonSplit
 from allograft.privacy.claim import PrivacyClaim
 from allograft.privacy.dossier import GateResult, PayloadPart, read_gate
 from allograft.privacy.ledger import Account, Committed, NonprivateRelease, Outcome, charge_for
-from allograft.privacy.memorisation import DpClaim, judge_plan
 from allograft.privacy.modes import Mode
 from allograft.privacy.people import draw_people
 from allograft.privacy.plan import PrivacyPlan
@@ -38,6 +37,9 @@ from allograft_client.plan import DonationPlan
 from allograft_client.plan_files import find_plan
 from allograft_client.runner import Progress
 from allograft_client.site import Site, model_base
+
+if TYPE_CHECKING:
+    from allograft.privacy.memorisation import DpClaim
 
 PEOPLE_NAME, REPORT_NAME, PLAN_NAME = "people.json", "report.json", "plan.json"
 
@@ -147,6 +149,8 @@ class ProtectedRun:
 
     def judge(self, result: Mapping[str, Any]) -> Findings:
         """Turn what the audit worker found into gates and a report."""
+        from allograft.privacy.memorisation import judge_plan  # scipy: a second of every start
+
         gates = [read_gate(gate) for gate in result["gates"]]
         figures = {gate: dict(named) for gate, named in result["figures"].items()}
         claim = self.claim_for_audit()
@@ -177,6 +181,8 @@ class ProtectedRun:
 
     def claim_for_audit(self) -> DpClaim | None:
         """What the run promises about each person; None without differential privacy."""
+        from allograft.privacy.memorisation import DpClaim
+
         epsilon = self.plan.epsilon()
         if epsilon is None or self.plan.constants is None:
             return None

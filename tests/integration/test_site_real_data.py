@@ -93,6 +93,9 @@ class World:
             settings = (state / "site.toml").read_text()
             (state / "site.toml").write_text(settings + "trial_documents = 120\n")
             self.start(name, "allograft-site", state)
+            # A command that comes before the daemon does its job itself, and the daemon then finds
+            # its directory locked.
+            wait_until(f"{name} runs", lambda n=name: self.site(n, "status")["daemon"] == "running")
 
 
 def stop(process):
