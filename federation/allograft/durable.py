@@ -112,6 +112,23 @@ def lock_directory(path: Path) -> Callable[[], None]:
     return lambda: os.close(descriptor)
 
 
+@contextlib.contextmanager
+def locked_directory(path: Path, code: str) -> Iterator[None]:
+    """Hold the exclusive lock of a state directory while the block lasts.
+
+    Raises:
+        UnavailableError: `code` when another process holds it.
+    """
+    try:
+        release = lock_directory(path)
+    except UnavailableError as error:
+        raise UnavailableError(code, error.cause) from error
+    try:
+        yield
+    finally:
+        release()
+
+
 def is_directory_locked(path: Path) -> bool:
     """Whether a process holds the lock of a state directory; changes nothing there."""
     try:

@@ -20,13 +20,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 from allograft.crypto.keys import SigningKey, VerifyKey
-from allograft.durable import durable_write, lock_directory, storage_errors, sync_directory
+from allograft.durable import durable_write, locked_directory, storage_errors, sync_directory
 from allograft.errors import RejectedError, UnavailableError
 from allograft.limits import LIMITS
 from allograft.plainfile import read_plain
@@ -235,18 +236,10 @@ class LedgerFile:
     def _head_file(self) -> Path:
         return self.directory / _HEAD
 
-    @contextlib.contextmanager
-    def _lock(self) -> Iterator[None]:
+    def _lock(self) -> AbstractContextManager[None]:
         if not self.directory.is_dir():
             raise UnavailableError("AG-STO-003", "there is no privacy ledger")
-        try:
-            release = lock_directory(self.directory)
-        except UnavailableError as error:
-            raise UnavailableError("AG-PRV-068", error.cause) from error
-        try:
-            yield
-        finally:
-            release()
+        return locked_directory(self.directory, "AG-PRV-068")
 
 
 def _cut(content: bytes) -> tuple[list[bytes], bytes]:

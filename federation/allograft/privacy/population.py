@@ -20,13 +20,12 @@ import hashlib
 import hmac
 import re
 import unicodedata
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from allograft.durable import durable_write, lock_directory
-from allograft.errors import RejectedError, UnavailableError
+from allograft.durable import durable_write, locked_directory
+from allograft.errors import RejectedError
 from allograft.limits import LIMITS
 from allograft.plainfile import read_plain
 
@@ -65,7 +64,7 @@ class Population:
         """
         _check_name(domain)
         people = self._digests(ids)
-        with self._lock():
+        with locked_directory(self.directory, "AG-PRV-068"):
             self._refuse_foreign(domain, people)
             known = self._read(domain) if self._path(domain).exists() else frozenset()
             if not people <= known or not self._path(domain).exists():
@@ -154,17 +153,6 @@ class Population:
 
     def _path(self, domain: str) -> Path:
         return self.directory / f"{domain}{_SUFFIX}"
-
-    @contextmanager
-    def _lock(self) -> Iterator[None]:
-        try:
-            release = lock_directory(self.directory)
-        except UnavailableError as error:
-            raise UnavailableError("AG-PRV-068", error.cause) from error
-        try:
-            yield
-        finally:
-            release()
 
 
 def _check_name(domain: str) -> str:
