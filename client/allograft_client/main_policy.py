@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from allograft.cli.shell import Format, FormatOption, emit
-from allograft.errors import RejectedError
 from allograft.privacy.policy import AUDITED_MODES
+from allograft.privacy.signed_policy import check_unchanged
 from allograft_client import policy_desk
 from allograft_client.options import StateOption, find_home
 from allograft_client.policy_desk import PolicyState
@@ -60,11 +60,7 @@ def _check(found: PolicyState, mode: str) -> None:
     for name in [mode] if mode else found.policy.donate.modes:
         found.policy.check_mode(name)
     if not mode or mode in AUDITED_MODES:
-        if found.signed is None:
-            raise RejectedError("AG-PRV-006", "there is no policy.toml.sig")
-        if not found.is_signed:
-            weaker = ", ".join(found.weaker) or "no field"
-            raise RejectedError("AG-PRV-007", f"weaker than what was signed: {weaker}")
+        check_unchanged(found.policy, found.signed)
 
 
 def _describe(found: PolicyState) -> dict[str, Any]:

@@ -131,9 +131,21 @@ def check_signed(
     """
     if mode not in AUDITED_MODES:
         return
-    if envelope is None:
-        raise RejectedError("AG-PRV-006", f"mode {mode} needs policy.toml.sig, which is not there")
-    signed = verify_policy(envelope, keys)
+    check_unchanged(policy, None if envelope is None else verify_policy(envelope, keys))
+
+
+def check_unchanged(policy: Policy, signed: SignedPolicy | None) -> None:
+    """Refuse a policy that is not the one that was signed, naming what became weaker.
+
+    Args:
+        policy: As it stands in its file now.
+        signed: As it was signed last; None if it never was.
+
+    Raises:
+        RejectedError: AG-PRV-006 or -007.
+    """
+    if signed is None:
+        raise RejectedError("AG-PRV-006", "there is no policy.toml.sig")
     if signed.policy.digest != policy.digest:
         weaker = ", ".join(weaker_fields(signed.policy, policy)) or "no field"
         raise RejectedError("AG-PRV-007", f"weaker than what was signed: {weaker}")
