@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from allograft.crypto import canonical
 from allograft.errors import RejectedError
 from allograft.privacy.canaries import (
     CANARY_PREFIX,
@@ -16,10 +17,10 @@ from allograft.privacy.canaries import (
     CanaryRecord,
     PersonSplit,
     Style,
-    load_canaries,
     make_canaries,
     split_persons,
 )
+from allograft.privacy.people import People, read_people
 
 PUBLIC = [
     " ".join(f"w{(7 * text + 3 * place) % 211}" for place in range(12)) + ". "
@@ -115,16 +116,20 @@ class TestCanaries:
             make_canaries(PUBLIC, replace(SMALL, **change))
 
 
+def people_with(record: CanaryRecord) -> People:
+    return People(PersonSplit((), ()), (), record, (), ())
+
+
 class TestRecord:
     def test_comes_back_as_it_was(self, made, tmp_path: Path) -> None:
         _, record = made
-        path = tmp_path / "canaries.json"
-        record.save(path)
-        assert load_canaries(path) == record
+        path = tmp_path / "people.json"
+        people_with(record).save(path)
+        assert read_people(path).canaries == record
 
     def test_only_its_owner_can_read_it(self, made, tmp_path: Path) -> None:
-        path = tmp_path / "canaries.json"
-        made[1].save(path)
+        path = tmp_path / "people.json"
+        people_with(made[1]).save(path)
         assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
     @pytest.mark.parametrize(
@@ -141,10 +146,13 @@ class TestRecord:
         ],
     )
     def test_anything_else_is_refused(self, content: str, tmp_path: Path) -> None:
-        path = tmp_path / "canaries.json"
-        path.write_text(content)
+        path = tmp_path / "people.json"
+        people_with(CanaryRecord(())).save(path)
+        written = canonical.dumps(CanaryRecord(()).to_json())
+        path.write_bytes(path.read_bytes().replace(written, content.encode()))
+        assert content.encode() in path.read_bytes()
         with pytest.raises(RejectedError, match="AG-IN"):
-            load_canaries(path)
+            read_people(path)
 
     def test_an_empty_record_is_a_record(self) -> None:
         empty = CanaryRecord(())

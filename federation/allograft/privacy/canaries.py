@@ -14,12 +14,9 @@ import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from pathlib import Path
 
 from allograft.crypto import canonical
-from allograft.durable import durable_write
 from allograft.errors import RejectedError
-from allograft.plainfile import read_plain
 
 #: Ids that begin so are canaries; no real person may have one.
 CANARY_PREFIX = "canary:"
@@ -164,25 +161,6 @@ class CanaryRecord:
             tuple(_read_coin(entry) for entry in canonical.as_list(fields["coins"])),
             tuple(_read_repeated(entry) for entry in canonical.as_list(fields["repeated"])),
         )
-
-    def save(self, path: Path) -> None:
-        """Write the record where only this user can read it.
-
-        Raises:
-            UnavailableError: AG-STO-001 when the disk is full or fails.
-        """
-        durable_write(path, canonical.dumps(self.to_json()), mode=0o600)
-
-
-def load_canaries(path: Path) -> CanaryRecord:
-    """Read a record that `CanaryRecord.save` wrote.
-
-    Raises:
-        OSError: It cannot be opened.
-        RejectedError: AG-IN-001 to -003 if it is no such record.
-    """
-    content = read_plain(path, _RECORD_BYTES)
-    return CanaryRecord.from_json(canonical.loads(content, max_bytes=_RECORD_BYTES))
 
 
 def _read_coin(value: canonical.Json) -> CoinCanary:

@@ -26,7 +26,7 @@ from allograft.privacy.canaries import (
     split_persons,
 )
 
-_FORMAT = "allograft-people-v1"
+_FORMAT = "allograft-coins-v1"
 _FILE_BYTES = 256 << 20
 _FIELDS = {"format", "split", "planted", "canaries", "audited_members", "audited_others"}
 
