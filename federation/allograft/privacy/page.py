@@ -442,7 +442,7 @@ def _table(head: Iterable[str], rows: Iterable[tuple[str, str]]) -> str:
 
 def to_json(evidence: Evidence) -> dict[str, canonical.Json]:
     """What the page shows, for programs."""
-    dossier = evidence.dossier
+    dossier, values = evidence.dossier, _values(evidence)
     statement = canonical.as_mapping(canonical.loads(dossier.to_statement()))
     return {
         "dossier": dict(canonical.as_mapping(statement["predicate"])),
@@ -454,7 +454,7 @@ def to_json(evidence: Evidence) -> dict[str, canonical.Json]:
                 "source": duty.source,
                 "clause": duty.clause,
                 "question": duty.question,
-                "answers": {name: _values(evidence).get(name, "") for name in duty.answers},
+                "answers": {name: values.get(name, "") for name in duty.answers},
             }
             for duty in DUTIES
         ],
