@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -206,8 +206,9 @@ def revert(
 def packets(state: StateOption = None, format: FormatOption = Format.text) -> None:
     """Show every packet in its one state, with the reason."""
     site = open_state(state)
+    rows = site.store.packets()
     listed = {
-        "packets": [describe_packet(site, row) for row in site.store.packets()],
+        "packets": [describe_packet(site, row) for row in rows],
         "extras": [
             {
                 "item": extra.item_id,
@@ -220,7 +221,7 @@ def packets(state: StateOption = None, format: FormatOption = Format.text) -> No
             for extra in site.store.extras()
         ],
     }
-    emit(listed, format, lambda value: _render_packets(value))
+    emit(listed, format, lambda value: _render_packets(rows, value))
 
 
 @packet_app.command("show")
@@ -276,15 +277,10 @@ def _act(
     emit(result, format, lambda _: _line(site.store.packet(packet_id)))
 
 
-def _line(row: PacketRow) -> str:
+def _line(row: PacketRow, progress: str = "") -> str:
     code = f" [{row.code}]" if row.code else ""
-    return f"{row.packet_id[:12]}  {row.role:9}  {row.state:17}  {row.reason}{code}"
-
-
-def _packet_line(value: dict[str, Any]) -> str:
-    code = f" [{value['code']}]" if value["code"] else ""
-    words = value["progress"] or value["reason"]
-    return f"{value['packet_id'][:12]}  {value['role']:9}  {value['state']:17}  {words}{code}"
+    words = progress or row.reason
+    return f"{row.packet_id[:12]}  {row.role:9}  {row.state:17}  {words}{code}"
 
 
 def _render_donated(site: Site, packet_id: str) -> str:
@@ -316,8 +312,9 @@ def _render_dispatched(row: PacketRow) -> str:
     )
 
 
-def _render_packets(value: dict[str, Any]) -> str:
-    lines = [_packet_line(described) for described in value["packets"]]
+def _render_packets(rows: Sequence[PacketRow], value: dict[str, Any]) -> str:
+    described = zip(rows, value["packets"], strict=True)
+    lines = [_line(row, packet["progress"]) for row, packet in described]
     lines += [
         f"{extra['packet_id'][:12]}  copy       quarantined        {extra['reason']} "
         f"[{extra['code']}]"
