@@ -21,8 +21,8 @@ from allograft.limits import LIMITS
 from allograft.packet import container
 from allograft.packet.container import Opener
 from allograft.packet.header import Header
-from allograft.privacy.accountant import epsilon_by_rdp
-from allograft.privacy.dossier import read_dossier
+from allograft.privacy.accountant import epsilon_of
+from allograft.privacy.dossier import Dossier, read_dossier
 from allograft.privacy.plan import read_plan
 from allograft.privacy.policy import Policy, Reception
 from allograft.provenance.lineage import compare_bases
@@ -116,7 +116,7 @@ def check_policy(policy: Policy, manifest: VerifiedManifest) -> None:
     """
     statement = manifest.statement
     dossier = read_dossier(manifest.dossier)
-    check_claim(manifest)
+    check_claim(manifest, dossier)
     permissions = {
         name for name in ("merge", "distil", "redonate") if getattr(statement.licence, name)
     }
@@ -132,14 +132,13 @@ def check_policy(policy: Policy, manifest: VerifiedManifest) -> None:
     )
 
 
-def check_claim(manifest: VerifiedManifest) -> None:
+def check_claim(manifest: VerifiedManifest, dossier: Dossier) -> None:
     """Hold the dossier's claim of privacy against the signed plan, and recompute its ε.
 
     Raises:
         RejectedError: AG-PRV-011 if there is no such plan, AG-PRV-013 for a false claim, AG-PRV-05x
             for a malformed plan.
     """
-    dossier = read_dossier(manifest.dossier)
     claim = dossier.privacy
     if claim is None:
         return
@@ -154,7 +153,7 @@ def check_claim(manifest: VerifiedManifest) -> None:
     )  # fmt: skip
     if planned != made:
         raise RejectedError("AG-PRV-011", "the packet was made otherwise than its plan says")
-    claim.check(lambda constants: epsilon_by_rdp([constants], constants.delta))
+    claim.check(epsilon_of)
 
 
 def judge_base(statement: PacketStatement, model: ModelRow) -> Verdict:

@@ -223,7 +223,7 @@ def _describe_plan(site: Site, filed: FiledPlan) -> dict[str, Any]:
 
 
 def _describe_cost(constants: DpConstants, account: Account | None) -> dict[str, Any]:
-    epsilon = accountant.epsilon_by_rdp([constants], constants.delta)
+    epsilon = accountant.epsilon_of(constants)
     order = account.limits.order if account else DEFAULT_ORDER
     (rdp,) = accountant.rdp_of(constants, (order,))
     ratio = constants.noise_multiplier / constants.divisor

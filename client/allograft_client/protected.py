@@ -20,7 +20,7 @@ from allograft.durable import durable_write
 from allograft.errors import AllograftError, RejectedError
 from allograft.limits import LIMITS
 from allograft.plainfile import read_plain
-from allograft.privacy.accountant import describe_accountant, epsilon_by_rdp
+from allograft.privacy.accountant import describe_accountant, epsilon_of
 from allograft.privacy.canaries import CanaryPlan, PersonSplit
 from allograft.privacy.claim import PrivacyClaim
 from allograft.privacy.dossier import GateResult, PayloadPart, read_gate
@@ -125,10 +125,10 @@ class ProtectedRun:
         """
         self._tell({"stage": "checking people and budget"})
         policy = self._site.policy()
-        account = self._budget.ledger().account(self.plan.domain)
-        self._check_limits(policy, account)
+        ledger = self._budget.ledger()
+        self._check_limits(policy, ledger.account(self.plan.domain))
         if not self.people_file.exists():
-            if self._budget.ledger().reservation(self.plan.plan_id) is not None:
+            if ledger.reservation(self.plan.plan_id) is not None:
                 # A second run on one reservation would be free.
                 raise RejectedError("AG-PRV-057", "the plan has paid for another run already")
             ids = self._read_ids(policy)
@@ -139,13 +139,11 @@ class ProtectedRun:
             people = draw_people(ids, self._public_texts(), self._donation.holdout, canaries)
             self._check_sides(policy, people.split)
             people.save(self.people_file)
-        if self.plan.constants is not None and not self._is_released():
+        ended = ledger.outcome(self.plan.plan_id)
+        # A run that a kill interrupted may have come as far as its end.
+        is_released = ended is not None and ended.outcome is Outcome.RELEASED
+        if self.plan.constants is not None and not is_released:
             self._budget.reserve(charge_for(self.plan))
-
-    def _is_released(self) -> bool:
-        """Whether a run that a kill interrupted had come as far as its end."""
-        ended = self._budget.ledger().outcome(self.plan.plan_id)
-        return ended is not None and ended.outcome is Outcome.RELEASED
 
     def judge(self, result: Mapping[str, Any]) -> Findings:
         """Turn what the audit worker found into gates and a report."""
@@ -158,7 +156,7 @@ class ProtectedRun:
             first, _ = judge_plan(
                 self.plan.constants,
                 claim,
-                lambda constants: epsilon_by_rdp([constants], constants.delta),
+                epsilon_of,
                 thresholds_of(self._site.policy()),
             )
             gates.insert(0, first)
@@ -229,9 +227,7 @@ class ProtectedRun:
     def _read_ids(self, policy: Policy) -> list[str]:
         documents = read_documents(self._donation.data, self._donation.person_field)
         ids = list(group_persons(documents))
-        rules = policy.audit
-        strict = self.plan.mode is Mode.STRICT
-        least = rules.min_population_dp if strict else rules.min_population
+        least = thresholds_of(policy).least_persons(self.plan.mode is Mode.STRICT)
         # Before anything is spent: so few people would be refused afterwards as well.
         if len(ids) < least:
             raise RejectedError("AG-PRV-078", f"fewer than {least} persons")
@@ -240,8 +236,7 @@ class ProtectedRun:
     def _check_sides(self, policy: Policy, split: PersonSplit) -> None:
         """Refuse before anything is spent what gates G5 and G7 would refuse afterwards."""
         rules = thresholds_of(policy)
-        strict = self.plan.mode is Mode.STRICT
-        least = rules.population_dp if strict else rules.population_measured
+        least = rules.least_persons(self.plan.mode is Mode.STRICT)
         if len(split.train) < least:
             raise RejectedError("AG-PRV-078", f"fewer than {least} persons to train on")
         if min(len(split.train), len(split.holdout)) < rules.membership_min_persons:

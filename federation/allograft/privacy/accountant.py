@@ -25,6 +25,7 @@ from typing import Any, Protocol
 
 from allograft.crypto import canonical
 from allograft.errors import RejectedError
+from allograft.privacy.dp import DpConstants
 
 #: Orders of the RDP vector in every ledger entry. Integers, because only there is the RDP of the
 #: sampled Gaussian a finite sum: always finite, and the same from every accountant.
@@ -162,6 +163,15 @@ def epsilon_by_rdp(runs: Sequence[SampledGaussian], delta: float) -> float:
     """
     _check_delta(delta)
     return _epsilon_by_rdp(_merge(runs), delta)
+
+
+def epsilon_of(constants: DpConstants) -> float:
+    """The ε of one run at the δ that its own constants name, by RDP.
+
+    Raises:
+        RejectedError: AG-PRV-050.
+    """
+    return epsilon_by_rdp([constants], constants.delta)
 
 
 def epsilon_by_pld(runs: Sequence[SampledGaussian], delta: float) -> float:
@@ -322,7 +332,8 @@ def _rdp(event: DpEvent, orders: tuple[float, ...]) -> tuple[float, ...]:
     return tuple(float(value) for value in accountant.rdp)
 
 
-def _epsilon_by_rdp(events: Sequence[DpEvent], delta: float) -> float:
+@lru_cache(maxsize=64)
+def _epsilon_by_rdp(events: tuple[DpEvent, ...], delta: float) -> float:
     from dp_accounting import rdp
 
     accountant = rdp.RdpAccountant()

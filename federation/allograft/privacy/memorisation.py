@@ -436,7 +436,7 @@ def judge_population(
         claim: None for a run without differential privacy.
         thresholds: The site's thresholds.
     """
-    least = thresholds.population_dp if claim else thresholds.population_measured
+    least = thresholds.least_persons(claim is not None)
 
     def judge(figures: Figures) -> None:
         figures |= {"persons": persons, "minimum": least}

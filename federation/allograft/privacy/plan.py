@@ -21,7 +21,7 @@ from allograft.crypto import canonical, dsse
 from allograft.crypto.keys import SigningKey, VerifyKey
 from allograft.errors import RejectedError
 from allograft.limits import LIMITS
-from allograft.privacy.accountant import epsilon_by_rdp
+from allograft.privacy.accountant import epsilon_of
 from allograft.privacy.dossier import STATEMENT_TYPE
 from allograft.privacy.dp import SIGNIFICANT_DIGITS, DpConstants
 from allograft.privacy.modes import Mode
@@ -110,7 +110,7 @@ class PrivacyPlan:
         """The ε of this run alone at its δ, by RDP; None without constants."""
         if self.constants is None:
             return None
-        return epsilon_by_rdp([self.constants], self.constants.delta)
+        return epsilon_of(self.constants)
 
 
 def sign_plan(plan: PrivacyPlan, key: SigningKey) -> bytes:

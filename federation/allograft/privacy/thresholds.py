@@ -71,6 +71,10 @@ class AuditThresholds:
     population_dp: int = 500
     population_measured: int = 2000
 
+    def least_persons(self, private: bool) -> int:
+        """Fewest persons to train on, with or without differential privacy."""
+        return self.population_dp if private else self.population_measured
+
     def check(self) -> AuditThresholds:
         """Return itself if the numbers can be used.
 
