@@ -7,12 +7,12 @@ import re
 import shutil
 import signal
 import subprocess
-import time
 from pathlib import Path
 
 import psutil
 import pytest
 
+from kit.flower import wait_until
 from kit.shared import shared_path
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1500)]
@@ -122,12 +122,14 @@ def test_an_interrupted_demo_stops_everything_it_started(tmp_path: Path) -> None
         env=None,
         start_new_session=True,
     ) as demo:
-        # The daemons are up and models are being trained.
-        for line in demo.stdout:
-            if line.startswith("… Training"):
-                break
-        time.sleep(5)
-        assert len(_ours() - before) > 10
-        demo.send_signal(signal.SIGINT)
-        assert demo.wait(90) == 130
+        try:
+            # The daemons are up and models are being trained.
+            for line in demo.stdout:
+                if line.startswith("… Training"):
+                    break
+            wait_until("the daemons have started what they run", lambda: len(_ours() - before) > 10)
+            demo.send_signal(signal.SIGINT)
+            assert demo.wait(90) == 130
+        finally:
+            demo.kill()
     assert _ours() <= before
