@@ -282,6 +282,7 @@ class _Donation:
             "max_documents": self._plan.max_documents,
             "people": str(self._protected.people_file) if self._protected else "",
             "person_field": self._plan.person_field,
+            "windows_per_person": self._plan.windows_per_person,
         }
         name = f"{task}-{self._packet_id}"
         return self._site.runner.run(name, {**common, **extra}, self._tell)

@@ -10,13 +10,17 @@ from typing import Annotated, Any
 import typer
 
 from allograft.cli.shell import Format, FormatOption, emit
+from allograft.errors import RejectedError
 from allograft.evaluate.screen import NO_PROOF
+from allograft.privacy.page import tell_findings
+from allograft.privacy.report import FullReport, read_report
 from allograft_client import requests
 from allograft_client.follow import follow
 from allograft_client.main_model import finish
 from allograft_client.options import StateOption, TimeoutOption, WaitOption, open_state
 from allograft_client.plan import DonationPlan
 from allograft_client.plan_files import find_plan
+from allograft_client.protected import REPORT_NAME
 from allograft_client.rows import PacketRow
 from allograft_client.site import Site
 
@@ -235,6 +239,28 @@ def show(
     emit(described, format, lambda value: _render_packet(value))
 
 
+@packet_app.command("people")
+def people(
+    packet: PacketArgument, state: StateOption = None, format: FormatOption = Format.text
+) -> None:
+    """Name the persons whom a packet knows best, and what the audits found. Stays in the house."""
+    site = open_state(state)
+    row = site.store.packet(packet)
+    path = site.packet_path(row.packet_id, REPORT_NAME)
+    if not path.is_file():
+        raise RejectedError("AG-SIT-019", f"packet {row.packet_id[:12]} was not audited here")
+    report = read_report(path)
+    described = {
+        "packet_id": row.packet_id,
+        "people": [
+            {"person": who.person, "saved": who.saved, "extractable": who.extractable}
+            for who in report.people
+        ],
+        "figures": {gate: dict(figures) for gate, figures in report.figures.items()},
+    }
+    emit(described, format, lambda _: _render_people(report))
+
+
 def describe_packet(site: Site, row: PacketRow) -> dict[str, Any]:
     """A packet as the command line shows it."""
     return {
@@ -281,6 +307,17 @@ def _line(row: PacketRow, progress: str = "") -> str:
     code = f" [{row.code}]" if row.code else ""
     words = progress or row.reason
     return f"{row.packet_id[:12]}  {row.role:9}  {row.state:17}  {words}{code}"
+
+
+def _render_people(report: FullReport) -> str:
+    lines = ["For this site alone: these are ids from its data.", "", *tell_findings(report)]
+    if report.people:
+        lines += ["", f"{'person':32}  passages that come back  nats per token saved"]
+        lines += [
+            f"{who.person[:32]:32}  {who.extractable:24,}  {who.saved:20.3f}"
+            for who in report.people
+        ]
+    return "\n".join(lines)
 
 
 def _render_donated(site: Site, packet_id: str) -> str:

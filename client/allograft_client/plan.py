@@ -20,6 +20,10 @@ from allograft.recipes.plan import LoopPlan
 KINDS = ("organ", "lora")
 
 
+# Of one person, in a mode without differential privacy: nobody's records may dominate.
+_MOST_WINDOWS = 50
+
+
 @dataclass(frozen=True, slots=True)
 class DonationPlan:
     """One donation.
@@ -106,6 +110,11 @@ class DonationPlan:
             holdout=canonical.as_number(training["holdout"]),
             **changes,
         )
+
+    @property
+    def windows_per_person(self) -> int:
+        """Most windows of one person that a run sees."""
+        return _MOST_WINDOWS if self.private is None else self.private.windows_per_person
 
     @property
     def is_protected(self) -> bool:

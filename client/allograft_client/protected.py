@@ -29,7 +29,7 @@ from allograft.privacy.modes import Mode
 from allograft.privacy.people import draw_people
 from allograft.privacy.plan import PrivacyPlan
 from allograft.privacy.policy import Policy
-from allograft.privacy.report import FullReport, Point
+from allograft.privacy.report import Exposed, FullReport, Point, read_report
 from allograft.privacy.thresholds import AuditThresholds
 from allograft.recipes.documents import group_persons, read_documents
 from allograft_client.budget import Budget
@@ -42,8 +42,6 @@ if TYPE_CHECKING:
     from allograft.privacy.memorisation import DpClaim
 
 PEOPLE_NAME, REPORT_NAME, PLAN_NAME = "people.json", "report.json", "plan.json"
-
-_REPORT_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,12 +167,16 @@ class ProtectedRun:
                 exposure=_points(result["exposure"]),
                 roc=_points(result["roc"]),
                 budget=self._spending(),
+                people=tuple(
+                    Exposed(who, float(saved), int(extractable))
+                    for who, saved, extractable in result["exposed"]
+                ),
             )
             durable_write(path, report.to_bytes(), mode=0o600)
         # How long a gate took depends on how much there was to read.
         return Findings(
             tuple(replace(gate, cost_ms=0) for gate in gates),
-            FullReport.from_bytes(read_plain(path, _REPORT_BYTES)),
+            read_report(path),
         )
 
     def claim_for_audit(self) -> DpClaim | None:

@@ -20,7 +20,13 @@ import torch
 
 from allograft.crypto import canonical
 from allograft.errors import RejectedError
-from allograft.evaluate.audit import PersonTexts, Readings, judge, read_all
+from allograft.evaluate.audit import (
+    AUDITED_WINDOWS,
+    AuditedPersons,
+    Readings,
+    judge,
+    read_all,
+)
 from allograft.evaluate.behaviour import Baseline, screen_behaviour, watch_base
 from allograft.evaluate.bootstrap import paired_gain
 from allograft.evaluate.gate import GateRules, Outcome
@@ -49,7 +55,7 @@ from allograft.plainfile import read_plain
 from allograft.privacy.dossier import write_gate
 from allograft.privacy.dp import DpConstants
 from allograft.privacy.memorisation import DpClaim
-from allograft.privacy.people import read_people
+from allograft.privacy.people import People, read_people
 from allograft.privacy.thresholds import AuditThresholds
 from allograft.provenance.ancestry import (
     FILE_NAME,
@@ -90,8 +96,6 @@ Tell = Callable[[Mapping[str, Any]], None]
 Task = Mapping[str, canonical.Json]
 
 _HELD_OUT = 0.1
-# Of one person, in a mode without differential privacy: nobody's records may dominate.
-_MOST_WINDOWS = 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +157,7 @@ def _train(task: Task, tell: Tell) -> dict[str, Any]:
     workdir = Path(_text(task, "workdir"))
     plan = _read_plan(canonical.as_mapping(task["plan"]))
     if task["people"]:
-        windows = _person_windows(task, plan, loaded)
+        windows = _person_windows(task, loaded)
     else:
         documents, _ = _donor_split(task)
         windows = make_windows(documents, loaded.tokenizer, _window(task, loaded), packed=True)
@@ -172,7 +176,7 @@ def _train(task: Task, tell: Tell) -> dict[str, Any]:
     }
 
 
-def _person_windows(task: Task, plan: Plan, loaded: _Loaded) -> Windows:
+def _person_windows(task: Task, loaded: _Loaded) -> Windows:
     """Training text by person: those drawn for training, and the planted canaries.
 
     Nothing is deduplicated: whether one person's record stays must not depend on another's.
@@ -181,7 +185,7 @@ def _person_windows(task: Task, plan: Plan, loaded: _Loaded) -> Windows:
     persons = _Persons(task)
     texts = [persons.documents(person) for person in people.split.train]
     texts += [[Document(planted.text)] for planted in people.planted]
-    most = _MOST_WINDOWS if plan.private is None else plan.private.windows_per_person
+    most = canonical.as_int(task["windows_per_person"])
     return make_person_windows(texts, loaded.tokenizer, _window(task, loaded), most)
 
 
@@ -249,25 +253,22 @@ def _audit(task: Task, tell: Tell) -> dict[str, Any]:
     tell({"stage": "loading model"})
     loaded = _load(task)
     people = read_people(Path(_text(task, "people")))
-    persons = _Persons(task)
-    texts = PersonTexts(
-        members=tuple(persons.text(person) for person in people.audited_members),
-        others=tuple(persons.text(person) for person in people.audited_others),
-    )
+    claimed = _read_claim(task["claim"])
+    audited = _audited(task, loaded, people)
     recipe, attachment = _fit(task, loaded)
     tell({"stage": "auditing: the base"})
-    before = read_all(loaded.model, loaded.tokenizer, texts, people.canaries)
+    before = read_all(loaded.model, loaded.tokenizer, audited, people.canaries)
     handle = recipe.attach(replace(attachment, dose=1.0), loaded.model)
     try:
         tell({"stage": "auditing: the packet"})
-        after = read_all(loaded.model, loaded.tokenizer, texts, people.canaries)
+        after = read_all(loaded.model, loaded.tokenizer, audited, people.canaries)
     finally:
         recipe.detach(handle)
     tell({"stage": "auditing: judging"})
     audit = judge(
-        Readings(texts, people.canaries, before, after),
+        Readings(audited, people.canaries, before, after),
         trained=len(people.split.train),
-        claimed=_read_claim(task["claim"]),
+        claimed=claimed,
         thresholds=AuditThresholds.from_json(task["thresholds"]),
     )
     return {
@@ -275,7 +276,26 @@ def _audit(task: Task, tell: Tell) -> dict[str, Any]:
         "figures": {gate: dict(named) for gate, named in audit.figures.items()},
         "exposure": [list(point) for point in audit.exposure],
         "roc": [list(point) for point in audit.roc],
+        "exposed": [
+            [people.audited_members[each.number], each.saved, each.extractable]
+            for each in audit.exposed
+        ],
     }
+
+
+def _audited(task: Task, loaded: _Loaded, people: People) -> AuditedPersons:
+    """Whom the audits look at, in the very windows that training saw or would have seen."""
+    persons = _Persons(task)
+    chosen = [*people.audited_members, *people.audited_others]
+    most = min(canonical.as_int(task["windows_per_person"]), AUDITED_WINDOWS)
+    windows = make_person_windows(
+        [persons.documents(person) for person in chosen],
+        loaded.tokenizer,
+        _window(task, loaded),
+        most,
+    )
+    texts = tuple(persons.text(person) for person in chosen)
+    return AuditedPersons(texts, windows, len(people.audited_members))
 
 
 def _read_claim(value: canonical.Json) -> DpClaim | None:

@@ -203,6 +203,11 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
             "a packet's licence does not permit merging, so no merged snapshot may hold it",
             "Ask its donor to donate it anew with `--allow-merge`, or revert the packet first.",
         ),
+        "AG-SIT-019": ErrorCode(
+            "no audit of this packet was made at this site",
+            "Only packets that this site made under `strict` or `measured` are audited, once they "
+            "are trained; see `allograft-site packets`.",
+        ),
         "AG-SIT-020": ErrorCode(
             "a screen raised an alarm, so the packet is quarantined and was not tried",
             "`allograft-site packet show ID` tells which and why. It is no proof of an attack: ask "

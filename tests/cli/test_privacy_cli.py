@@ -9,13 +9,14 @@ import pytest
 from allograft.errors import RejectedError
 from allograft.privacy.accountant import DpEvent, epsilon_by_rdp
 from allograft.privacy.ledger import Committed, NonprivateRelease, Outcome, charge_for
+from allograft.privacy.report import Exposed, FullReport
 from allograft.provenance.statement import Architecture, BaseModel, write_base
 from allograft_client import main_privacy
 from allograft_client.budget import Budget
 from allograft_client.membership import create_site, join_consortium, read_invitation
 from allograft_client.options import open_state
 from allograft_client.plan_files import find_plan
-from allograft_client.rows import ModelRow
+from allograft_client.rows import ModelRow, PacketRow
 from allograft_client.settings import Home
 from kit.founding import Founded, run_site, run_site_json
 
@@ -200,3 +201,28 @@ def test_people_are_registered_under_a_key_that_is_not_made_twice(state, capsys)
     (state / "keys" / "population.key").unlink()
     with pytest.raises(RejectedError, match="AG-PRV-067"):
         budget.population()
+
+
+def test_names_the_people_whom_a_packet_knows_best(state, capsys) -> None:
+    site, packet_id = open_state(state), "ab" * 16
+    row = PacketRow(
+        packet_id=packet_id, role="donor", donor="hospital-a", kind="organ", model="notes",
+        dispatch_id="", state="failed", code="", reason="", facts={}, time="2026-11-23T08:00:00Z",
+    )  # fmt: skip
+    site.store.add_packet(row)
+    assert refusal(capsys, "packet", "people", packet_id, "--state", state) == (1, "AG-SIT-019")
+    report = FullReport(
+        packet_id, "0" * 64, {"G3": {"extractable": 3.0, "possible": 2000.0}},
+        people=(Exposed("patient-7", 1.25, 3), Exposed("patient-2", 0.5, 0)),
+    )  # fmt: skip
+    path = site.packet_path(packet_id, "report.json")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(report.to_bytes())
+    status, shown, _ = run_site(capsys, "packet", "people", packet_id[:8], "--state", state)
+    assert status == 0
+    assert "3 of 2,000 passages" in shown
+    assert shown.index("patient-7") < shown.index("patient-2")
+    told = run_site_json(capsys, "packet", "people", packet_id, "--state", state)
+    assert told["people"][0] == {"person": "patient-7", "saved": 1.25, "extractable": 3}
+    path.write_bytes(report.to_bytes() + b"}")
+    assert refusal(capsys, "packet", "people", packet_id, "--state", state) == (1, "AG-PRV-030")

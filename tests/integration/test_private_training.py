@@ -42,7 +42,8 @@ def task_of(site, kind, **more):
     return {
         "task": kind, "model": str(site / "model"), "device": "cpu", "kind": "organ",
         "data": str(site / "notes.jsonl"), "seed": 0, "window_tokens": 48, "max_documents": 40,
-        "people": str(site / "people.json"), "person_field": "patient", **more,
+        "people": str(site / "people.json"), "person_field": "patient",
+        "windows_per_person": CONSTANTS.windows_per_person, **more,
     }  # fmt: skip
 
 

@@ -80,13 +80,16 @@ class TestPlan:
 
 def suffixes(count: int = 200) -> ExtractionEvidence:
     base = np.random.default_rng(0).normal(-60, 5, count)
-    return ExtractionEvidence(base, base + 1.0, np.ones(count, dtype=np.bool_))
+    return ExtractionEvidence(
+        base, base + 1.0, np.ones(count, dtype=np.bool_), np.arange(count) // 10
+    )
 
 
 def with_first(evidence: ExtractionEvidence, **values: object) -> ExtractionEvidence:
     """The evidence with other values for its first suffix."""
     changed = {
-        name: getattr(evidence, name).copy() for name in ("log_base", "log_donated", "telling")
+        name: getattr(evidence, name).copy()
+        for name in ("log_base", "log_donated", "telling", "owners")
     }
     for name, value in values.items():
         changed[name][0] = value
@@ -131,7 +134,8 @@ class TestExtraction:
         assert self.judge(suffixes(0)).verdict is INVALID
 
     def test_suffixes_that_the_base_gives_away_could_not_have_failed(self) -> None:
-        easy = ExtractionEvidence(np.full(500, -1.0), np.full(500, -1.0), np.ones(500, np.bool_))
+        low, telling = np.full(500, -1.0), np.ones(500, np.bool_)
+        easy = ExtractionEvidence(low, low, telling, np.arange(500))
         assert self.judge(easy).verdict is INVALID
 
     def test_nan_is_invalid(self) -> None:

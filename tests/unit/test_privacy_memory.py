@@ -11,14 +11,16 @@ from transformers import PreTrainedTokenizerFast
 
 from allograft.cli.demo.shape import train_tokenizer
 from allograft.errors import RejectedError
+from allograft.evaluate.audit import AuditedPersons, Readings, judge, read_all
 from allograft.evaluate.loss import Scoring, measure, measure_tokens, predicted_tokens, prepare
 from allograft.evaluate.memory import (
+    TextReading,
     blind_auc,
     compare_canaries,
     cut_suffixes,
     person_scores,
     read_canaries,
-    read_texts,
+    read_windows,
     saved_per_token,
     sibling_logs,
     suffix_logs,
@@ -38,7 +40,7 @@ from allograft.privacy.thresholds import AuditThresholds
 from allograft.recipes.documents import Document
 from allograft.recipes.loop import train
 from allograft.recipes.plan import LoopPlan
-from allograft.recipes.windows import make_windows
+from allograft.recipes.windows import make_person_windows, make_windows
 from kit.tiny import FAMILIES, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -101,6 +103,16 @@ def fit(model: torch.nn.Module, tokenizer, texts: list[str], steps: int, rate: f
     model.eval()
 
 
+def read(model: torch.nn.Module, tokenizer, texts: list[str]) -> TextReading:
+    """Each text as one window."""
+    return read_windows(model, make_windows([Document(text) for text in texts], tokenizer, 192))
+
+
+def owners(group: dict[str, list[str]]) -> list[int]:
+    """Whose each text of a group is."""
+    return [number for number, texts in enumerate(group.values()) for _ in texts]
+
+
 STEPS = 110
 
 RULES = replace(
@@ -160,10 +172,12 @@ class TestLearntByHeart:
         assert min(figures["exposure.1"], figures["exposure.8"]) > 10
 
     def test_identifiers_come_back(self, experiment: Experiment) -> None:
-        persons = [person for person, texts in experiment.members.items() for _ in texts]
+        persons = [
+            number for number, texts in enumerate(experiment.members.values()) for _ in texts
+        ]
         texts = [text for texts in experiment.members.values() for text in texts]
-        base = read_texts(experiment.base, experiment.tokenizer, texts)
-        donated = read_texts(experiment.donated, experiment.tokenizer, texts)
+        base = read(experiment.base, experiment.tokenizer, texts)
+        donated = read(experiment.donated, experiment.tokenizer, texts)
         evidence = cut_suffixes(persons, base, donated)
         result, private = judge_extraction(evidence, None, RULES)
         assert result.verdict is FAIL, private
@@ -172,6 +186,30 @@ class TestLearntByHeart:
     def test_members_are_recognised(self, experiment: Experiment) -> None:
         result, private = judge_membership(membership(experiment, experiment.donated), None, RULES)
         assert result.verdict is FAIL, private
+
+    def test_the_site_learns_who_is_exposed(self, experiment: Experiment) -> None:
+        sides = [*experiment.members.values(), *experiment.others.values()]
+        windows = make_person_windows(
+            [[Document(text) for text in texts] for texts in sides], experiment.tokenizer, 96, 4
+        )
+        persons = AuditedPersons(
+            tuple(" ".join(texts) for texts in sides), windows, len(experiment.members)
+        )
+        before, after = (
+            read_all(model, experiment.tokenizer, persons, experiment.record)
+            for model in (experiment.base, experiment.donated)
+        )
+        readings = Readings(persons, experiment.record, before, after)
+        audit = judge(readings, len(experiment.members), None, RULES)
+        assert {gate.verdict for gate in audit.gates if gate.name != "G7"} == {FAIL}
+        assert 0 < len(audit.exposed) <= len(experiment.members) / 10 + 1
+        assert all(0 <= who.number < len(experiment.members) for who in audit.exposed)
+        passages = [who.extractable for who in audit.exposed]
+        assert passages == sorted(passages, reverse=True)
+        assert passages[0] > 0
+        assert min(who.saved for who in audit.exposed) > 0
+        quiet = judge(replace(readings, donated=before), len(experiment.members), None, RULES)
+        assert all(who.saved == 0 and who.extractable == 0 for who in quiet.exposed)
 
 
 class TestUntouched:
@@ -184,9 +222,11 @@ class TestUntouched:
         assert judge_canaries(evidence, DpClaim(1.0, 1e-5), RULES)[0].verdict is PASS
 
     def test_extraction_and_membership_pass(self, experiment: Experiment) -> None:
-        persons = [person for person, texts in experiment.members.items() for _ in texts]
+        persons = [
+            number for number, texts in enumerate(experiment.members.values()) for _ in texts
+        ]
         texts = [text for texts in experiment.members.values() for text in texts]
-        base = read_texts(experiment.base, experiment.tokenizer, texts)
+        base = read(experiment.base, experiment.tokenizer, texts)
         result, _ = judge_extraction(cut_suffixes(persons, base, base), None, RULES)
         assert result.verdict is PASS, result
         result, _ = judge_membership(membership(experiment, experiment.base), None, RULES)
@@ -197,10 +237,10 @@ class TestUntouched:
 def membership(experiment: Experiment, donated: torch.nn.Module) -> MembershipEvidence:
     sides = []
     for group in (experiment.members, experiment.others):
-        persons = [person for person, texts in group.items() for _ in texts]
+        persons = owners(group)
         texts = [text for texts in group.values() for text in texts]
-        base = read_texts(experiment.base, experiment.tokenizer, texts)
-        after = read_texts(donated, experiment.tokenizer, texts)
+        base = read(experiment.base, experiment.tokenizer, texts)
+        after = read(donated, experiment.tokenizer, texts)
         sides.append(np.array(list(person_scores(persons, base, after).values())))
     blind = blind_auc(
         [" ".join(texts) for texts in experiment.members.values()],
@@ -227,9 +267,10 @@ class TestReading:
         text = next(iter(experiment.others.values()))[0]
         cut = text.index(" for ")
         logs = suffix_logs(experiment.base, experiment.tokenizer, [(text[:cut], text[cut:])])
-        reading = read_texts(experiment.base, experiment.tokenizer, [text])
+        reading = read(experiment.base, experiment.tokenizer, [text])
         length = len(experiment.tokenizer.encode(text[cut:]))
-        assert logs[0] == pytest.approx(-reading.nats[0][-length:].sum(), rel=1e-4)
+        # The window ends in a mark that the text has not.
+        assert logs[0] == pytest.approx(-reading.nats[0][-length - 1 : -1].sum(), rel=1e-4)
 
     @pytest.mark.parametrize("family", FAMILIES)
     def test_a_prompt_read_once_gives_the_same_chances(self, family: str, experiment) -> None:
@@ -286,37 +327,34 @@ class TestReading:
 
     def test_a_model_is_left_in_the_mode_it_was_in(self, experiment: Experiment) -> None:
         experiment.base.train()
-        read_texts(experiment.base, experiment.tokenizer, ["The patient came"])
+        read(experiment.base, experiment.tokenizer, ["The patient came"])
         suffix_logs(experiment.base, experiment.tokenizer, [("The patient", " came")])
         assert experiment.base.training
         experiment.base.eval()
 
     def test_readings_of_different_texts_are_not_compared(self, experiment: Experiment) -> None:
-        first = read_texts(experiment.base, experiment.tokenizer, ["The patient came"])
-        second = read_texts(experiment.base, experiment.tokenizer, ["The advice was to rest"])
+        first = read(experiment.base, experiment.tokenizer, ["The patient came"])
+        second = read(experiment.base, experiment.tokenizer, ["The advice was to rest"])
         with pytest.raises(ValueError, match="same texts"):
             saved_per_token(first, second)
 
     def test_a_person_s_score_weighs_tokens(self, experiment: Experiment) -> None:
         texts = ["The patient came with cough", "The advice was to rest and to drink water", "rest"]
-        base = read_texts(experiment.base, experiment.tokenizer, texts)
-        after = read_texts(experiment.donated, experiment.tokenizer, texts)
-        scores = person_scores(["a", "a", "b"], base, after)
+        base = read(experiment.base, experiment.tokenizer, texts)
+        after = read(experiment.donated, experiment.tokenizer, texts)
+        scores = person_scores([0, 0, 1], base, after)
         saved, counts = saved_per_token(base, after), base.counts
-        assert scores["a"] == pytest.approx((saved[:2] * counts[:2]).sum() / counts[:2].sum())
-        assert scores["b"] == pytest.approx(saved[2])
+        assert scores[0] == pytest.approx((saved[:2] * counts[:2]).sum() / counts[:2].sum())
+        assert scores[1] == pytest.approx(saved[2])
 
 
 class TestSuffixes:
-    def read(self, experiment: Experiment, texts: list[str]):
-        return read_texts(experiment.base, experiment.tokenizer, texts)
-
     def test_what_two_people_share_is_not_telling(self, experiment: Experiment) -> None:
         draw = random.Random(1)
         own, shared = note(draw, identifier(draw)), note(draw, identifier(draw))
-        reading = self.read(experiment, [own, shared, shared])
-        same = cut_suffixes(["a", "b", "b"], reading, reading)
-        other = cut_suffixes(["a", "b", "c"], reading, reading)
+        reading = read(experiment.base, experiment.tokenizer, [own, shared, shared])
+        same = cut_suffixes([0, 1, 1], reading, reading)
+        other = cut_suffixes([0, 1, 2], reading, reading)
         assert same.telling.all()
         lengths = [max(len(tokens) - 16 + 1 - 15, 0) for tokens in reading.tokens]
         assert other.telling[: lengths[0]].sum() > 0
@@ -324,16 +362,16 @@ class TestSuffixes:
 
     def test_every_run_after_a_prompt_is_tried(self, experiment: Experiment) -> None:
         text = note(random.Random(2), "bakelo")
-        reading = self.read(experiment, [text])
-        found = cut_suffixes(["a"], reading, reading)
+        reading = read(experiment.base, experiment.tokenizer, [text])
+        found = cut_suffixes([0], reading, reading)
         nats = reading.nats[0]
         # 16 tokens of prompt are the text's first, which is never predicted, and 15 predicted.
         expected = [-nats[at : at + 16].sum() for at in range(15, len(nats) - 15)]
         assert np.allclose(found.log_base, expected)
 
     def test_texts_that_are_too_short_give_none(self, experiment: Experiment) -> None:
-        reading = self.read(experiment, ["The patient came"])
-        assert len(cut_suffixes(["a"], reading, reading).log_base) == 0
+        reading = read(experiment.base, experiment.tokenizer, ["The patient came"])
+        assert len(cut_suffixes([0], reading, reading).log_base) == 0
 
 
 class TestBlind:

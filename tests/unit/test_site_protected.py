@@ -168,10 +168,18 @@ class TestStrict:
             for line in container.split_attestations(attestations)
             if b'"mediaType"' not in line
         )
-        for private in (b"0.0123", b"a note about", b"wards", b"records.jsonl", b'"gain"'):
+        for private in (
+            b"0.0123",
+            b"patient-7",
+            b"a note about",
+            b"wards",
+            b"records.jsonl",
+            b'"gain"',
+        ):
             assert private not in payloads.replace(plan_of(payloads), b"")
         for _, _, files in two.sent:
             for content in files.values():
+                assert b"patient-7" not in content
                 assert b"a note about" not in content
                 assert b"0.0123456" not in content
 

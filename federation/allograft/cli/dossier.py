@@ -26,7 +26,7 @@ from allograft.plainfile import read_plain
 from allograft.privacy.accountant import true_positive_bound
 from allograft.privacy.dossier import Approval, Dossier, read_approval, read_dossier
 from allograft.privacy.page import Evidence, Terms, describe, render_page, to_json
-from allograft.privacy.report import FullReport
+from allograft.privacy.report import FullReport, read_report
 from allograft.provenance.statement import PacketStatement
 from allograft.provenance.verify import VerifiedManifest, check_attestations
 from allograft.roster.client import RosterClient
@@ -37,8 +37,6 @@ app = typer.Typer(
 
 #: Names of what a donor keeps in a packet's directory.
 ATTESTATIONS_NAME, REPORT_NAME, APPROVALS_NAME = "attestations.jsonl", "report.json", "approvals"
-
-_REPORT_BYTES = 1 << 20
 
 
 @app.callback()
@@ -100,11 +98,7 @@ def _read_own(directory: Path, roster_path: Path, now: datetime) -> Evidence:
         for path in given
     ]
     report_path = directory / REPORT_NAME
-    report = (
-        FullReport.from_bytes(read_plain(report_path, _REPORT_BYTES))
-        if report_path.is_file()
-        else None
-    )
+    report = read_report(report_path) if report_path.is_file() else None
     return _evidence(manifest, (), agreed, report)
 
 

@@ -7,7 +7,9 @@ the site's. Gates G3, G4, G5 and G7 come out of it with what may be published an
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,30 +23,49 @@ from allograft.evaluate.memory import (
     cut_suffixes,
     person_scores,
     read_canaries,
-    read_texts,
+    read_windows,
 )
 from allograft.privacy.canaries import CanaryRecord
 from allograft.privacy.dossier import GateResult
 from allograft.privacy.memorisation import (
     DpClaim,
+    ExtractionEvidence,
     MembershipEvidence,
+    find_extractable,
     judge_canaries,
     judge_extraction,
     judge_membership,
     judge_population,
 )
 from allograft.privacy.thresholds import AuditThresholds
+from allograft.recipes.windows import Windows
 
 #: Rates of false accusations at which the curve of the membership attack is drawn.
 _RATES = (0.0, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1)
 
 
-@dataclass(frozen=True, slots=True)
-class PersonTexts:
-    """All texts of some persons, one string each: trained on, and held out."""
+#: Most windows of a person that the audits read. A longer record is judged by its beginning: the
+#: attack averages over windows, and more of them tell little more about the same person.
+AUDITED_WINDOWS = 8
 
-    members: tuple[str, ...]
-    others: tuple[str, ...]
+#: Most persons that a report names.
+EXPOSED_PERSONS = 50
+
+
+@dataclass(frozen=True, slots=True)
+class AuditedPersons:
+    """Some persons trained on, then some held out.
+
+    Attributes:
+        texts: All text of each person, for the classifier that never sees the model.
+        windows: What the run saw of each, and would have seen of those held out; `documents` counts
+            persons in the order of `texts`. Who is too short for a window has none.
+        members: How many of them were trained on.
+    """
+
+    texts: tuple[str, ...]
+    windows: Windows
+    members: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +80,25 @@ class Reading:
 class Readings:
     """What is to be compared."""
 
-    texts: PersonTexts
+    persons: AuditedPersons
     canaries: CanaryRecord
     base: Reading
     donated: Reading
+
+
+@dataclass(frozen=True, slots=True)
+class ExposedPerson:
+    """A person trained on whom the packet knows better than most.
+
+    Attributes:
+        number: Place among the audited.
+        saved: Nats per token that the packet saves on the person's text.
+        extractable: Passages of this person alone that come back within few tries.
+    """
+
+    number: int
+    saved: float
+    extractable: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,25 +110,26 @@ class Audit:
         figures: By gate, by name.
         exposure: Repeats of a planted text, and the median exposure (bits).
         roc: False-positive rate and true-positive rate of the membership attack.
+        exposed: The tenth of the persons trained on that the packet knows best, worst first.
     """
 
     gates: tuple[GateResult, ...]
     figures: Mapping[str, Mapping[str, float]]
     exposure: tuple[tuple[float, float], ...]
     roc: tuple[tuple[float, float], ...]
+    exposed: tuple[ExposedPerson, ...]
 
 
-def read_all(model: Any, tokenizer: Any, texts: PersonTexts, canaries: CanaryRecord) -> Reading:
+def read_all(
+    model: Any, tokenizer: Any, persons: AuditedPersons, canaries: CanaryRecord
+) -> Reading:
     """Read all persons and canaries with a model as it is now.
 
     Raises:
-        RejectedError: AG-EVA-001 for a text without two tokens, AG-EVA-002 if a loss is not
+        RejectedError: AG-EVA-001 for a canary without two tokens, AG-EVA-002 if a loss is not
             finite.
     """
-    return Reading(
-        read_texts(model, tokenizer, [*texts.members, *texts.others]),
-        read_canaries(model, tokenizer, canaries),
-    )
+    return Reading(read_windows(model, persons.windows), read_canaries(model, tokenizer, canaries))
 
 
 def judge(
@@ -106,22 +143,23 @@ def judge(
         claimed: What the run promises; None without differential privacy.
         thresholds: The site's thresholds.
     """
-    names = [str(number) for number in range(_count(readings.texts))]
-    split = len(readings.texts.members)
+    persons = readings.persons
+    owners = persons.windows.documents.tolist()
     base, donated = readings.base.texts, readings.donated.texts
-    scores = person_scores(names, base, donated)
-    members = np.array([scores[name] for name in names[:split]])
-    others = np.array([scores[name] for name in names[split:]])
+    scores = person_scores(owners, base, donated)
+    members = np.array([scores[owner] for owner in scores if owner < persons.members])
+    others = np.array([scores[owner] for owner in scores if owner >= persons.members])
+    inside = [number for number, owner in enumerate(owners) if owner < persons.members]
     suffixes = cut_suffixes(
-        names[:split],
-        _head(base, split),
-        _head(donated, split),
+        [owners[number] for number in inside],
+        _some(base, inside),
+        _some(donated, inside),
         thresholds.extraction_suffix_tokens,
     )
     canaries = compare_canaries(
         readings.canaries, readings.base.canaries, readings.donated.canaries
     )
-    blind = blind_auc(readings.texts.members, readings.texts.others)
+    blind = blind_auc(persons.texts[: persons.members], persons.texts[persons.members :])
     found = {
         "G3": judge_extraction(suffixes, claimed, thresholds),
         "G4": judge_canaries(canaries, claimed, thresholds),
@@ -140,15 +178,32 @@ def judge(
         },
         exposure=tuple(sorted(exposure)),
         roc=_curve(members, others),
+        exposed=_expose(scores, suffixes, persons.members, thresholds),
     )
 
 
-def _count(texts: PersonTexts) -> int:
-    return len(texts.members) + len(texts.others)
+def _expose(
+    scores: Mapping[int, float],
+    suffixes: ExtractionEvidence,
+    members: int,
+    thresholds: AuditThresholds,
+) -> tuple[ExposedPerson, ...]:
+    """Who could be told apart or quoted first, so that a site knows whose records to look at."""
+    _, found = find_extractable(suffixes, thresholds)
+    passages = Counter(suffixes.owners[found].tolist())
+    ranked = sorted(
+        (number for number in scores if number < members),
+        key=lambda number: (-passages[number], -scores[number]),
+    )
+    count = min(math.ceil(len(ranked) / 10), EXPOSED_PERSONS)
+    return tuple(
+        ExposedPerson(number, scores[number], passages[number]) for number in ranked[:count]
+    )
 
 
-def _head(reading: TextReading, count: int) -> TextReading:
-    return TextReading(reading.nats[:count], reading.tokens[:count])
+def _some(reading: TextReading, numbers: Sequence[int]) -> TextReading:
+    nats = tuple(reading.nats[number] for number in numbers)
+    return TextReading(nats, tuple(reading.tokens[number] for number in numbers))
 
 
 def _curve(members: Any, others: Any) -> tuple[tuple[float, float], ...]:

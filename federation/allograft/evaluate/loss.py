@@ -19,6 +19,7 @@ import torch
 
 from allograft.errors import RejectedError
 from allograft.evaluate.bootstrap import Losses
+from allograft.recipes.windows import Windows
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +79,23 @@ def prepare(
         counts.append(len(ids) - 1)
     batches = tuple(_batches(windows, scoring.batch_tokens))
     return Prepared(batches, tuple(counts), tuple(len(text.encode("utf-8")) for text in texts))
+
+
+def prepare_windows(windows: Windows, scoring: Scoring | None = None) -> Prepared:
+    """Lay out windows as a run was trained on them, each as a document of its own.
+
+    Their text is not known, so bits per byte cannot be told.
+    """
+    scoring = scoring or Scoring()
+    rows = [
+        _Window(number, 0, tuple(row[:length]))
+        for number, (row, length) in enumerate(
+            zip(windows.tokens.tolist(), windows.lengths.tolist(), strict=True)
+        )
+    ]
+    batches = tuple(_batches(rows, scoring.batch_tokens))
+    counts = tuple(len(row.tokens) - 1 for row in rows)
+    return Prepared(batches, counts, tuple(0 for _ in rows))
 
 
 def context_tokens(model: Any) -> int:

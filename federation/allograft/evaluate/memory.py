@@ -30,10 +30,12 @@ from allograft.evaluate.loss import (
     pad_batch,
     predicted_tokens,
     prepare,
+    prepare_windows,
 )
 from allograft.privacy.audit import auc
 from allograft.privacy.canaries import CanaryRecord, Style
 from allograft.privacy.memorisation import CanaryEvidence, ExtractionEvidence, RepeatedEvidence
+from allograft.recipes.windows import Windows
 
 #: A suffix is asked for after at least so many tokens.
 PROMPT_TOKENS = 16
@@ -68,16 +70,13 @@ class TextReading:
         return np.array([len(document) for document in self.nats], dtype=np.float64)
 
 
-def read_texts(
-    model: Any, tokenizer: Any, texts: Sequence[str], scoring: Scoring | None = None
-) -> TextReading:
-    """Read texts with a model as it is now.
+def read_windows(model: Any, windows: Windows, scoring: Scoring | None = None) -> TextReading:
+    """Read windows with a model as it is now, each as a text of its own.
 
     Raises:
-        RejectedError: AG-EVA-001 for a text without two tokens, AG-EVA-002 if a loss is not
-            finite.
+        RejectedError: AG-EVA-002 if a loss is not finite.
     """
-    prepared = prepare(texts, tokenizer, model, scoring)
+    prepared = prepare_windows(windows, scoring)
     return TextReading(measure_tokens(model, prepared), predicted_tokens(prepared))
 
 
@@ -88,8 +87,8 @@ def saved_per_token(base: TextReading, donated: TextReading) -> Numbers:
 
 
 def person_scores(
-    persons: Sequence[str], base: TextReading, donated: TextReading
-) -> dict[str, float]:
+    persons: Sequence[int], base: TextReading, donated: TextReading
+) -> dict[int, float]:
     """One score per person: nats saved over all tokens of the person's texts.
 
     Args:
@@ -98,8 +97,8 @@ def person_scores(
         donated: The same read with the packet attached.
     """
     _check_pair(base, donated)
-    saved: dict[str, float] = defaultdict(float)
-    tokens: dict[str, float] = defaultdict(float)
+    saved: dict[int, float] = defaultdict(float)
+    tokens: dict[int, float] = defaultdict(float)
     differences = base.totals - donated.totals
     for person, nats, count in zip(persons, differences, base.counts, strict=True):
         saved[person] += float(nats)
@@ -108,7 +107,7 @@ def person_scores(
 
 
 def cut_suffixes(
-    persons: Sequence[str], base: TextReading, donated: TextReading, length: int = 16
+    persons: Sequence[int], base: TextReading, donated: TextReading, length: int = 16
 ) -> ExtractionEvidence:
     """Every run of `length` tokens after a prompt of at least `PROMPT_TOKENS`, with its chances.
 
@@ -125,7 +124,6 @@ def cut_suffixes(
     _check_pair(base, donated)
     logs: tuple[list[Numbers], list[Numbers]] = ([], [])
     grams, owners, askable = [], [], []
-    numbers = {person: number for number, person in enumerate(dict.fromkeys(persons))}
     for index, tokens in enumerate(base.tokens):
         if len(tokens) < length:
             continue
@@ -134,17 +132,20 @@ def cut_suffixes(
             found.append(sums[:-length] - sums[length:])
         hashes = _hash_runs(tokens, length)
         grams.append(hashes)
-        owners.append(np.full(len(hashes), numbers[persons[index]], dtype=np.int64))
+        owners.append(np.full(len(hashes), persons[index], dtype=np.int64))
         # One token more than the place says: a text's first token is never predicted.
         askable.append(np.arange(len(hashes)) + 1 >= PROMPT_TOKENS)
     if not grams:
         empty = np.zeros(0, dtype=np.float64)
-        return ExtractionEvidence(empty, empty, np.zeros(0, dtype=np.bool_))
+        return ExtractionEvidence(
+            empty, empty, np.zeros(0, dtype=np.bool_), np.zeros(0, dtype=np.int64)
+        )
     # Runs without a prompt count when it comes to who shares a run, and are not asked for.
     asked = np.concatenate(askable)
-    own = _own_runs(np.concatenate(grams), np.concatenate(owners))
+    whose = np.concatenate(owners)
+    own = _own_runs(np.concatenate(grams), whose)
     return ExtractionEvidence(
-        np.concatenate(logs[0])[asked], np.concatenate(logs[1])[asked], own[asked]
+        np.concatenate(logs[0])[asked], np.concatenate(logs[1])[asked], own[asked], whose[asked]
     )
 
 
@@ -323,7 +324,8 @@ def read_canaries(
     """Read canaries and alternatives with a model as it is now.
 
     Raises:
-        RejectedError: AG-EVA-001 or -002 as `read_texts`.
+        RejectedError: AG-EVA-001 or -002 for a text without two tokens or
+            a loss that is not finite.
     """
     coins = np.zeros(0, dtype=np.float64)
     if record.coins:

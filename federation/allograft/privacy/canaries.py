@@ -54,7 +54,7 @@ class CanaryPlan:
     coins: int = 1000
     repeats: tuple[int, ...] = (1, 2, 4, 8, 16)
     per_level: int = 10
-    references: int = 200
+    references: int = 100
     prefix_words: int = 16
     suffix_words: int = 12
     body_sentences: int = 4

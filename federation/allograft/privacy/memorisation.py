@@ -70,12 +70,14 @@ class ExtractionEvidence:
     Attributes:
         log_base: ln of the suffix's probability after its prompt, under the public base.
         log_donated: The same under the base with the packet attached.
-        telling: Whether the suffix is found with one person only, or is an identifier field.
+        telling: Whether the suffix is found with one person only.
+        owners: Whose it is, by number.
     """
 
     log_base: Scores
     log_donated: Scores
     telling: npt.NDArray[np.bool_]
+    owners: npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -173,6 +175,23 @@ def judge_plan(
     return _audit("G1", judge), {}
 
 
+def find_extractable(
+    evidence: ExtractionEvidence, thresholds: AuditThresholds
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Which suffixes could be found to be extractable, and which are [suffixes]."""
+    sizes = {len(evidence.log_donated), len(evidence.telling), len(evidence.owners)}
+    if sizes != {len(evidence.log_base)}:
+        raise ValueError("suffixes and their figures differ in number")
+    base = log_queries(evidence.log_base, thresholds.extraction_p)
+    donated = log_queries(evidence.log_donated, thresholds.extraction_p)
+    factor = math.log(thresholds.extraction_base_factor)
+    # A suffix that the base gives away readily cannot get that much easier.
+    possible = evidence.telling & (base >= factor)
+    # Compared so: the base may need infinitely many, and so may the packet.
+    easier = possible & (donated + factor <= base)
+    return possible, easier & (donated <= math.log(thresholds.extraction_queries))
+
+
 def judge_extraction(
     evidence: ExtractionEvidence, claim: DpClaim | None, thresholds: AuditThresholds
 ) -> tuple[GateResult, PrivateFigures]:
@@ -185,20 +204,14 @@ def judge_extraction(
     """
 
     def judge(figures: Figures) -> None:
-        count = len(evidence.log_base)
-        if not count == len(evidence.log_donated) == len(evidence.telling):
-            raise ValueError("suffixes and their figures differ in number")
         if np.isnan(evidence.log_base).any() or np.isnan(evidence.log_donated).any():
             raise UnavailableError("AG-PRV-079", "a suffix has no probability")
-        base = log_queries(evidence.log_base, thresholds.extraction_p)
         donated = log_queries(evidence.log_donated, thresholds.extraction_p)
-        factor = math.log(thresholds.extraction_base_factor)
-        # A suffix that the base gives away readily cannot get that much easier.
-        possible = evidence.telling & (base >= factor)
-        # Compared so: the base may need infinitely many, and so may the packet.
-        easier = possible & (donated + factor <= base)
-        found = int((easier & (donated <= math.log(thresholds.extraction_queries))).sum())
-        figures |= {"tried": count, "possible": int(possible.sum()), "extractable": found}
+        possible, extractable = find_extractable(evidence, thresholds)
+        found = int(extractable.sum())
+        figures |= {
+            "tried": len(possible), "possible": int(possible.sum()), "extractable": found,
+        }  # fmt: skip
         if possible.any():
             least = float(donated[possible].min()) / math.log(10)
             figures["least_queries_log10"] = min(least, 1e6)

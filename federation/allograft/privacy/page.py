@@ -256,7 +256,12 @@ def _finding_sentences(evidence: Evidence) -> list[str]:
         return [
             "The figures on real people stay at the donor's site; the dossier names their hash."
         ]
-    figures = evidence.report.figures
+    return tell_findings(evidence.report)
+
+
+def tell_findings(report: FullReport) -> list[str]:
+    """What audits found on real people, in sentences. For the donor's own eyes."""
+    figures = report.figures
     said = []
     membership = figures.get("G5", {})
     if {"tpr", "tpr_low", "tpr_high"} <= membership.keys():

@@ -11,13 +11,16 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from allograft.crypto import canonical
 from allograft.errors import RejectedError
+from allograft.plainfile import read_plain
 
 _FORMAT = "allograft-report-v1"
-_FIELDS = {"format", "packet_id", "salt", "figures", "exposure", "roc", "budget"}
+_FIELDS = {"format", "packet_id", "salt", "figures", "exposure", "roc", "budget", "people"}
 _POINTS = 2000
+_REPORT_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +29,21 @@ class Point:
 
     x: float
     y: float
+
+
+@dataclass(frozen=True, slots=True)
+class Exposed:
+    """A person whom the packet knows best, by the site's own id.
+
+    Attributes:
+        person: The id in the data.
+        saved: Nats per token that the packet saves on the person's text.
+        extractable: Passages of this person alone that come back within few tries.
+    """
+
+    person: str
+    saved: float
+    extractable: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +57,7 @@ class FullReport:
         exposure: Repeats of a planted text, and the median exposure in bits.
         roc: False-positive rate of the best membership attack, and its true-positive rate.
         budget: Number of the ledger's entry, and the domain's ε after it.
+        people: Whom the packet knows best, worst first.
     """
 
     packet_id: str
@@ -47,6 +66,7 @@ class FullReport:
     exposure: tuple[Point, ...] = ()
     roc: tuple[Point, ...] = ()
     budget: tuple[Point, ...] = ()
+    people: tuple[Exposed, ...] = ()
 
     def to_bytes(self) -> bytes:
         """Canonical JSON."""
@@ -59,6 +79,7 @@ class FullReport:
                 "exposure": [[point.x, point.y] for point in self.exposure],
                 "roc": [[point.x, point.y] for point in self.roc],
                 "budget": [[point.x, point.y] for point in self.budget],
+                "people": [[who.person, who.saved, who.extractable] for who in self.people],
             }
         )
 
@@ -89,9 +110,20 @@ class FullReport:
                 exposure=_points(fields["exposure"]),
                 roc=_points(fields["roc"]),
                 budget=_points(fields["budget"]),
+                people=tuple(map(_exposed, canonical.as_list(fields["people"]))),
             )
         except RejectedError as error:
             raise RejectedError("AG-PRV-030", f"report: {error.cause}") from error
+
+
+def read_report(path: Path) -> FullReport:
+    """Read a report from its file.
+
+    Raises:
+        OSError: It cannot be opened.
+        RejectedError: AG-PRV-030 if malformed, AG-IN-002 if too large.
+    """
+    return FullReport.from_bytes(read_plain(path, _REPORT_BYTES))
 
 
 def _points(value: canonical.Json) -> tuple[Point, ...]:
@@ -102,3 +134,12 @@ def _points(value: canonical.Json) -> tuple[Point, ...]:
     if any(len(pair) != 2 for pair in pairs):
         raise RejectedError("AG-PRV-030", "a point has not two numbers")
     return tuple(Point(canonical.as_number(x), canonical.as_number(y)) for x, y in pairs)
+
+
+def _exposed(value: canonical.Json) -> Exposed:
+    entry = canonical.as_list(value)
+    if len(entry) != 3:
+        raise RejectedError("AG-PRV-030", "a person has not three fields")
+    return Exposed(
+        canonical.as_text(entry[0]), canonical.as_number(entry[1]), canonical.as_int(entry[2])
+    )
