@@ -224,7 +224,12 @@ class _Donation:
         key = self._site.key
         packet = self._statement(facts, evaluation)
         run = self._training_run(extract)
-        measured = _judge(evaluation, _choose_dose(evaluation))
+        measured = _judge(evaluation, packet.dose)
+        # For this site's own people, also of a packet that the gates will stop; in a protected mode
+        # the only place where it stands.
+        self._site.store.add_packet_facts(
+            self._packet_id, evaluation={"result": measured.result, **measured.figures}
+        )
         judged = _WITHHELD if self._protected else measured
         documents = _documents(packet, run, judged)
         dossier = self._dossier(packet, facts, documents, findings, extract)
@@ -245,7 +250,7 @@ class _Donation:
         attestations = container.join_attestations([oms.sign_bundle(resources, key), *evidence])
         check_attestations(attestations, (key.public,))
         durable_write(self._directory / "dossier.json", signed_dossier)
-        self._record(packet, dossier, measured, statement, extract)
+        self._record(packet, dossier, statement, extract)
         # Last: its presence says that everything before it is on disk.
         durable_write(self._directory / "attestations.jsonl", attestations)
 
@@ -253,7 +258,6 @@ class _Donation:
         self,
         packet: PacketStatement,
         dossier: Dossier,
-        judged: Evaluation,
         statement: bytes,
         extract: Mapping[str, Any],
     ) -> None:
@@ -264,8 +268,6 @@ class _Donation:
             not_after=canonical.format_time(packet.not_after),
             language=packet.language,
             dose=packet.dose.default,
-            # For this site's own people; in a protected mode the only place where it stands.
-            evaluation={"result": judged.result, **judged.figures},
             approvals_required=list(dossier.approvals_required),
             training=extract["report"],
         )

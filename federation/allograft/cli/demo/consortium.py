@@ -67,9 +67,9 @@ class SiteHome:
         """`allograft-site init`."""
         return self.command("init", "--site", self.name)
 
-    def settle_in(self, model: Path, own: OwnFiles) -> None:
+    def settle_in(self, model: Path, own: OwnFiles, policy: bytes = POLICY) -> None:
         """Save the policy and add the model with the site's own text."""
-        durable_write(self.state / "policy.toml", POLICY)
+        durable_write(self.state / "policy.toml", policy)
         self.command(
             "model", "add", MODEL,
             "--path", str(model), "--data", str(own.domain), "--retention", str(own.retention),
@@ -93,6 +93,15 @@ class SiteHome:
         """Further copies of a packet that the site set aside."""
         extras: list[Mapping[str, Any]] = self.command("packets")["extras"]
         return [extra for extra in extras if extra["packet_id"] == packet_id]
+
+    def write_page(self, packet_id: str, page: Path) -> None:
+        """`allograft dossier show`: the dossier of a packet that this site made, as a page."""
+        run_json(
+            [
+                "allograft", "dossier", "show", str(self.state / "packets" / packet_id),
+                "--roster", str(self.state / "roster"), "--html", str(page),
+            ]
+        )  # fmt: skip
 
     def sealed_packet(self, packet_id: str) -> Path:
         """Where the site stores the sealed packet."""

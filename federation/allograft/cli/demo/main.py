@@ -14,8 +14,10 @@ from rich.console import Console
 
 from allograft.cli.demo.base import WorldOptions, check_own_files
 from allograft.cli.demo.play import PlayOptions, play
+from allograft.cli.demo.privacy import play_privacy
+from allograft.cli.demo.privacy_report import PrivacyReport, print_privacy_report
 from allograft.cli.demo.processes import terminating_as_interrupt
-from allograft.cli.demo.report import print_report
+from allograft.cli.demo.report import Report, print_report
 from allograft.cli.shell import Format, FormatOption
 from allograft.durable import durable_write
 
@@ -38,6 +40,10 @@ def demo(
     ] = "public",
     recipe: Annotated[str, typer.Option(help="What the donor trains: organ or lora.")] = "organ",
     steps: Annotated[int, typer.Option(min=1, help="Training steps of the donor.")] = 140,
+    privacy: Annotated[
+        bool,
+        typer.Option("--privacy", help="Instead: the same organ trained four ways, and who leaks."),
+    ] = False,
     report: Annotated[Path | None, typer.Option(help="Write the outcome as JSON.")] = None,
     keep: Annotated[
         Path | None, typer.Option(help="Leave everything in this new directory.")
@@ -55,6 +61,8 @@ def demo(
         raise typer.BadParameter("--keep names a directory that exists already")
     if report is not None and not os.access(report.resolve().parent, os.W_OK):
         raise typer.BadParameter("--report: its directory cannot be written")
+    if privacy and (base or data or general):
+        raise typer.BadParameter("--privacy brings its own model and notes")
     check_own_files(WorldOptions(base=base, data=data, general=general))
     as_json = format is Format.json
     console = Console(stderr=as_json)
@@ -67,17 +75,25 @@ def demo(
         steps=steps,
         seed=seed,
     )
+
+    def run(directory: Path) -> Report | PrivacyReport:
+        if privacy:
+            return play_privacy(directory, seed, console)
+        return play(directory, options, console)
+
     with terminating_as_interrupt():
         if keep is not None:
             keep.mkdir(parents=True, mode=0o700)
-            outcome = play(keep.resolve(), options, console)
+            outcome = run(keep.resolve())
         else:
             with tempfile.TemporaryDirectory(prefix="allograft-demo-") as directory:
-                outcome = play(Path(directory), options, console)
+                outcome = run(Path(directory))
     text = json.dumps(outcome.to_json(), indent=2)
     if report is not None:
         durable_write(report.resolve(), text.encode() + b"\n", mode=0o644)
     if as_json:
         print(text)
+    elif isinstance(outcome, PrivacyReport):
+        print_privacy_report(outcome, console)
     else:
         print_report(outcome, console)

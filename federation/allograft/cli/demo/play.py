@@ -8,11 +8,11 @@ attacker who holds the coordinator's key.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from rich.console import Console
 
@@ -21,7 +21,6 @@ from allograft.cli.demo.consortium import Consortium, SiteHome
 from allograft.cli.demo.hostile import HostileCoordinator, tamper
 from allograft.cli.demo.processes import (
     Daemons,
-    Reporter,
     at_once,
     read_error,
     run_command,
@@ -37,8 +36,9 @@ from allograft.cli.demo.report import (
     Tampered,
 )
 from allograft.cli.demo.stages import Stages
+from allograft.cli.demo.watch import await_receipts, await_state, await_that
 from allograft.crypto.keystore import read_signing_key
-from allograft.errors import RejectedError, UnavailableError
+from allograft.errors import RejectedError
 
 DONOR, SAME, RELATIVE, STRANGER = "oakfield", "rivermead", "hillcrest", "farshore"
 ROLES = {
@@ -47,10 +47,6 @@ ROLES = {
     RELATIVE: "further-trained descendant",
     STRANGER: "independent model of the same shape",
 }
-T = TypeVar("T")
-
-_STILL_S = 180.0
-_GLANCE_S = 0.3
 _COMMAND_S = 2.5  # where each look is a command of its own, and the machine has work to do
 _FINAL = {"kept", "reverted", "refused", "quarantined"}
 
@@ -90,7 +86,7 @@ def play(directory: Path, options: PlayOptions, console: Console) -> Report:
         tampered = _attack(directory, consortium, packet_id, stages)
         foreign = _open_with_foreign_key(directory, consortium, packet_id, stages)
         revert = _revert(consortium, packet_id, outcomes, stages)
-        audit = _audit(directory, consortium, stages)
+        audit = verify_log(directory, consortium, stages)
         packet = _packet_figures(consortium.sites[DONOR], packet_id)
     seconds = round(time.monotonic() - started_s, 1)
     return Report(seconds, packet, outcomes, tampered, foreign, revert, audit)
@@ -136,12 +132,12 @@ def _donate(consortium: Consortium, world: World, options: PlayOptions, stages: 
     donor = consortium.sites[DONOR]
     with stages.stage(f"{DONOR} trains an {options.recipe} on its own text and gates it") as stage:
         packet_id = donor.donate(world, options.recipe, options.steps, options.seed)
-        row = _await_state(consortium, donor, packet_id, {"awaiting-approval"}, stage.note)
+        row = await_state(consortium, donor, packet_id, {"awaiting-approval"}, stage.note)
     gates = ", ".join(str(gate["name"]) for gate in row["facts"].get("gates", ()))
     stages.say(f"Packet {packet_id[:12]}… built. Gates passed: {gates}.")
     with stages.stage(f"{DONOR} approves; the coordinator looks for recipients") as stage:
         donor.command("approve", packet_id, "--role", "operator")
-        row = _await_state(consortium, donor, packet_id, {"routed", "dispatched"}, stage.note)
+        row = await_state(consortium, donor, packet_id, {"routed", "dispatched"}, stage.note)
     for proposal in row["facts"].get("proposals", ()):
         stages.say(f"{proposal['site']}: {proposal['verdict']}, {proposal['reason']}")
     return packet_id
@@ -161,16 +157,19 @@ def _await_outcomes(
     recipients = (SAME, RELATIVE, STRANGER)
     with stages.stage("Delivered, verified, tried and decided at each recipient") as stage:
         rows = {
-            name: _await_state(consortium, consortium.sites[name], packet_id, _FINAL, stage.note)
+            name: await_state(consortium, consortium.sites[name], packet_id, _FINAL, stage.note)
             for name in recipients
         }
         # The donor learns what became of its packet from signed receipts.
-        donor = _await_receipts(consortium, packet_id, set(recipients), stage.note)
+        donor = await_receipts(
+            consortium, consortium.sites[DONOR], packet_id, set(recipients), stage.note
+        )
     outcomes = {DONOR: SiteOutcome("own", str(donor["state"]), "made, gated and sealed it here")}
-    return outcomes | {name: _outcome(row) for name, row in rows.items()}
+    return outcomes | {name: outcome_of(row) for name, row in rows.items()}
 
 
-def _outcome(row: Mapping[str, Any]) -> SiteOutcome:
+def outcome_of(row: Mapping[str, Any]) -> SiteOutcome:
+    """How a packet ended at a recipient, from what the site's own command shows."""
     facts = row["facts"]
     trial = facts.get("trial") or {}
     reason = str(row["reason"])
@@ -197,7 +196,7 @@ def _attack(directory: Path, consortium: Consortium, packet_id: str, stages: Sta
         key = read_signing_key(consortium.coordinator_state / "keys" / "signing.pem")
         hostile = HostileCoordinator(consortium.coordinator_id, key)
         hostile.deliver(copy, site.name, site.socket)
-        found = _await(
+        found = await_that(
             consortium,
             lambda: ("arriving", site.extras(packet_id) or None),
             stage.note,
@@ -253,7 +252,8 @@ def _revert(
     return Revert(bit_exact=answer.get("bit_exact") is True)
 
 
-def _audit(directory: Path, consortium: Consortium, stages: Stages) -> Audit:
+def verify_log(directory: Path, consortium: Consortium, stages: Stages) -> Audit:
+    """Export the log and verify it without the coordinator."""
     with stages.stage("The log is exported and verified offline") as stage:
         stage.note("waiting until the last receipt is witnessed")
         export = directory / "audit"
@@ -279,83 +279,3 @@ def _packet_figures(donor: SiteHome, packet_id: str) -> PacketFigures:
     facts = row["facts"]
     sealed = facts["dispatches"][-1]["sealed_bytes"]
     return PacketFigures(packet_id, str(row["kind"]), int(facts["payload_bytes"]), int(sealed))
-
-
-def _await_state(
-    consortium: Consortium,
-    site: SiteHome,
-    packet_id: str,
-    states: set[str],
-    note: Callable[[str], None],
-) -> Mapping[str, Any]:
-    """Wait until a packet is in one of some states at a site."""
-    with site.following(packet_id) as reporter:
-
-        def look() -> tuple[str, bool]:
-            seen = _read_glimpse(site, reporter)
-            if not seen:
-                return f"{site.name}: on its way", False
-            if seen["state"] in states:
-                return str(seen["state"]), True
-            if seen["state"] in {"failed", "refused"}:
-                cause = f"{site.name}: {seen['state']}, {seen['code']} {seen['reason']}"
-                raise RejectedError("AG-DEM-001", cause)
-            return f"{site.name}: {seen['progress'] or seen['state']}", False
-
-        _await(consortium, look, note, _GLANCE_S)
-    return site.packet(packet_id)
-
-
-def _await_receipts(
-    consortium: Consortium, packet_id: str, sites: set[str], note: Callable[[str], None]
-) -> Mapping[str, Any]:
-    donor = consortium.sites[DONOR]
-    with donor.following(packet_id) as reporter:
-
-        def look() -> tuple[str, bool]:
-            seen = _read_glimpse(donor, reporter)
-            missing = sites - {str(receipt["site"]) for receipt in seen.get("receipts", ())}
-            words = f"{DONOR}: waits for receipts of {', '.join(sorted(missing))}"
-            return words, not missing
-
-        _await(consortium, look, note, _GLANCE_S)
-    return donor.packet(packet_id)
-
-
-def _read_glimpse(site: SiteHome, reporter: Reporter) -> Mapping[str, Any]:
-    """What `packet follow` said last; empty before the packet is there.
-
-    Raises:
-        RejectedError: AG-DEM-001 if the command failed.
-    """
-    seen: Mapping[str, Any] = reporter.last()
-    if "error" in seen:
-        cause = f"packet follow at {site.name}: {seen['error']['code']}: {seen['error']['cause']}"
-        raise RejectedError("AG-DEM-001", cause)
-    return seen
-
-
-def _await(
-    consortium: Consortium,
-    look: Callable[[], tuple[str, T | None]],
-    note: Callable[[str], None],
-    pause_s: float,
-) -> T:
-    """Call `look` until it finds something, while every daemon is alive and things move.
-
-    There is no limit on the whole: a slow machine is not a failure. What fails is standing still.
-
-    Raises:
-        UnavailableError: AG-DEM-002 if nothing changed for `_STILL_S`, AG-DEM-003 if a daemon died.
-    """
-    last, since_s = "", time.monotonic()
-    while time.monotonic() - since_s < _STILL_S:
-        consortium.daemons.check()
-        words, found = look()
-        if found:
-            return found
-        if words != last:
-            last, since_s = words, time.monotonic()
-            note(words)
-        time.sleep(pause_s)
-    raise UnavailableError("AG-DEM-002", f"nothing moved for {_STILL_S:.0f} s; last: {last}")

@@ -342,6 +342,39 @@ def save_notes(path: Path, notes: Sequence[Note]) -> None:
     durable_write(path, ("\n".join(lines) + "\n").encode("utf-8"))
 
 
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One visit's text, with the patient's own number in the text of the first."""
+
+    person: str
+    text: str
+    number: str
+
+
+def write_records(notes: Sequence[Note], seed: int) -> tuple[Record, ...]:
+    """Notes as a hospital has them: by patient, each with a number that nobody else has.
+
+    Whoever can draw such a number out of a model has found a person.
+    """
+    draw = random.Random(seed)  # noqa: S311  (invented text, not a secret)
+    numbers: dict[int, str] = {}
+    records = []
+    for note in notes:
+        text = note.text
+        if note.patient not in numbers:
+            digits = "".join(draw.choices("0123456789", k=8))
+            numbers[note.patient] = digits
+            text += f" Hospital record {digits} of ward {draw.choice('ABCDEFG')}."
+        records.append(Record(f"patient-{note.patient}", text, numbers[note.patient]))
+    return tuple(records)
+
+
+def save_records(path: Path, records: Sequence[Record]) -> None:
+    """Write records as JSONL with `text` and `person`."""
+    lines = [json.dumps({"text": each.text, "person": each.person}) for each in records]
+    durable_write(path, ("\n".join(lines) + "\n").encode("utf-8"))
+
+
 def save_texts(path: Path, texts: Sequence[str]) -> None:
     """Write documents as JSONL with `text`."""
     lines = [json.dumps({"text": text}, ensure_ascii=False) for text in texts]
