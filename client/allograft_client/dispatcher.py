@@ -41,7 +41,8 @@ def approve_packet(site: Site, packet_id: str, role: str) -> None:
     """Sign one role's agreement to a packet's dossier; the last one needed offers the packet.
 
     Raises:
-        RejectedError: AG-SIT-004 for another state, AG-PRV-033 if the role is not asked for.
+        RejectedError: AG-SIT-004 for another state, AG-PRV-033 if the role is not asked for; as
+            `Site.logged` for text.
     """
     row = site.store.packet(packet_id)
     if row.state != "awaiting-approval":
@@ -49,7 +50,7 @@ def approve_packet(site: Site, packet_id: str, role: str) -> None:
     dossier = _dossier(site, packet_id)
     approval = approve(dossier, role, canonical.format_time(site.now()))
     signed = dsse.sign(approval.to_statement(), dsse.IN_TOTO, [site.key]).to_bytes()
-    check_envelope(signed, "approval")
+    check_envelope(signed, "approval", site.matchers)
     directory = site.packet_path(packet_id, "approvals")
     directory.mkdir(mode=0o700, exist_ok=True)
     path = directory / f"{role}.json"
@@ -71,7 +72,9 @@ def offer_packet(site: Site, packet_id: str) -> None:
     statement = read_own_statement(site, packet_id)
     attestations = _attestations(site, packet_id)
     check_attestations(attestations, (site.key.public,))
-    signed = sign_offer(_offer(statement, str(row.facts["statement_digest"]), dossier), site.key)
+    signed = sign_offer(
+        _offer(site, statement, str(row.facts["statement_digest"]), dossier), site.key
+    )
     files = site.logged("offer", "offer", signed, {"packet_id": packet_id})
     with site.outbox.draft() as draft:
         for name, content in files.items():
@@ -262,7 +265,9 @@ def _check_proposed(proposals: Sequence[Mapping[str, str]], recipients: Sequence
             raise RejectedError("AG-SIT-014", f"{recipient}: {proposal['reason']}")
 
 
-def _offer(statement: PacketStatement, statement_digest: str, dossier: Dossier) -> Offer:
+def _offer(
+    site: Site, statement: PacketStatement, statement_digest: str, dossier: Dossier
+) -> Offer:
     base = statement.base
     offer = Offer(
         packet_id=statement.packet_id,
@@ -288,7 +293,7 @@ def _offer(statement: PacketStatement, statement_digest: str, dossier: Dossier) 
         ),
         not_after=statement.not_after,
     )
-    check_strings(offer.to_json(), "offer")
+    check_strings(offer.to_json(), "offer", site.matchers)
     return offer
 
 

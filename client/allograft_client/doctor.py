@@ -72,6 +72,7 @@ def _checks() -> Iterator[tuple[str, Callable[[Home], Finding | str]]]:
     yield "database", _database
     yield "roster", _roster
     yield "policy", _policy
+    yield "identifiers", _identifiers
     yield "models", _models
     yield "socket", _socket
     yield "disk", _disk
@@ -147,6 +148,28 @@ def _policy(home: Home) -> str:
     gives = ", ".join(policy.donate.kinds) or "nothing"
     takes = ", ".join(policy.receive.kinds) or "nothing"
     return f"donates {gives}; receives {takes}"
+
+
+def _identifiers(home: Home) -> Finding | str:
+    """Whether names and numbers of the site's own patients are looked for in what leaves."""
+    from allograft.privacy.policy import read_policy
+    from allograft_client.identifiers import open_list
+
+    path = home.identifier_list(home.settings())
+    if path is None:
+        if home.policy_file.exists():
+            policy = read_policy(home.policy_file)
+            for mode in policy.donate.modes:
+                policy.check_identifier_list(mode, False)
+        return "no list is set; text that leaves is scanned for patterns alone"
+    skipped = open_list(path).skipped
+    found = f"a list is set; {skipped} cells of it cannot be matched"
+    bits = stat.S_IMODE(path.stat().st_mode)
+    if bits & (stat.S_IRWXG | stat.S_IRWXO):
+        fix = f"Take it back with `chmod 600 {path}`; it names your patients."
+        cause = f"{found}; others may read it (mode {bits:04o})"
+        return Finding("identifiers", "warning", cause, "", fix)
+    return found
 
 
 def _models(home: Home) -> Finding | str:

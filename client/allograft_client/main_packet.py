@@ -323,6 +323,15 @@ def _render_packets(rows: Sequence[PacketRow], value: dict[str, Any]) -> str:
     return "\n".join(lines) or "No packets yet."
 
 
+def _describe_scan(listed: Mapping[str, int] | None) -> str:
+    if listed is None:
+        return "scanned for patterns; the site names no list of identifiers"
+    return (
+        "scanned for patterns and with the site's list of identifiers, of which "
+        f"{listed['skipped']} cells cannot be matched"
+    )
+
+
 def _render_packet(value: dict[str, Any]) -> str:
     lines = [
         f"packet {value['packet_id']} ({value['kind'] or 'kind unknown'}) by {value['donor']}",
@@ -333,6 +342,8 @@ def _render_packet(value: dict[str, Any]) -> str:
         lines.append(f"now    {value['progress']}")
     if value["model"]:
         lines.append(f"model  {value['model']}")
+    if "gates" in value["facts"]:
+        lines.append(f"text   {_describe_scan(value['facts'].get('identifier_list'))}")
     for screen in value["facts"].get("screens", []):
         lines.append(f"screen {screen['verdict']} at dose {screen['dose']:g}; {NO_PROOF}")
         lines += [

@@ -15,6 +15,7 @@ from allograft.errors import RejectedError
 from allograft.limits import LIMITS
 from allograft.plainfile import read_plain
 from allograft.privacy.plan import PrivacyPlan, read_plan, sign_plan, verify_plan
+from allograft.privacy.scan import check_envelope
 from allograft_client.site import Site
 
 _DRAFT = ".draft.json"
@@ -72,8 +73,9 @@ def sign_draft(site: Site, prefix: str) -> FiledPlan:
     """Sign a draft; one that is signed already is returned as it is.
 
     Raises:
-        RejectedError: As `find_plan`; AG-PRV-052 for another site's draft.
-        UnavailableError: AG-STO-001 if the disk is full.
+        RejectedError: As `find_plan`; AG-PRV-052 for another site's draft, AG-PRV-021 if its text
+            looks like an identifier; as `Site.matchers` for the identifier list.
+        UnavailableError: AG-STO-001 if the disk is full, AG-STO-005 as `Site.matchers`.
     """
     found = find_plan(site, prefix)
     if found.is_signed:
@@ -81,7 +83,10 @@ def sign_draft(site: Site, prefix: str) -> FiledPlan:
     if found.plan.donor != site.name:
         raise RejectedError("AG-PRV-052", "the plan is another site's")
     path = _directory(site) / f"{found.plan.plan_id}{_SIGNED}"
-    durable_write(path, sign_plan(found.plan, site.key))
+    signed = sign_plan(found.plan, site.key)
+    # It travels with the packet. Later would be too late: the plan's run is paid for by then.
+    check_envelope(signed, "the privacy plan", site.matchers)
+    durable_write(path, signed)
     return FiledPlan(found.plan, path, True)
 
 

@@ -666,6 +666,11 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
             "Train on the trusted base instead; or every parent's licence must permit redonation "
             "and the mode be strict with epsilon at most donate.redonate_epsilon.",
         ),
+        "AG-PRV-016": ErrorCode(
+            "the policy demands the site's identifier list, and the text was scanned without one",
+            "Export names and numbers from the patient index to a file, name it as `identifiers` "
+            "in site.toml, restart the daemon and build the packet again.",
+        ),
         "AG-PRV-020": ErrorCode(
             "a release gate is missing, failed or could not be judged",
             "Read the gate's reason with `allograft-site packet show`; nothing has left the site.",

@@ -261,6 +261,28 @@ def test_doctor_names_each_finding_with_its_fix(joined, capsys):
     assert all(finding["fix"] for finding in findings.values() if finding["level"] != "ok")
 
 
+def test_doctor_says_whether_a_list_of_identifiers_is_set(joined, capsys):
+    def found():
+        _, out, _ = run_site(capsys, "doctor", "--state", joined, "--format", "json")
+        (one,) = [f for f in json.loads(out)["findings"] if f["check"] == "identifiers"]
+        return one["level"], one["code"], one["detail"]
+
+    assert found() == ("ok", "", "no list is set; text that leaves is scanned for patterns alone")
+    measured = POLICY.replace('modes = ["open"]', 'modes = ["open", "measured"]', 1)
+    (joined / "policy.toml").write_text(measured)
+    assert found()[:2] == ("error", "AG-PRV-016")
+    settings, path = joined / "site.toml", joined / "patients.csv"
+    settings.write_text(f'identifiers = "patients.csv"\n{settings.read_text()}')
+    assert found()[:2] == ("error", "AG-STO-005")
+    path.write_text("name,birth date\nZoltan Bergmann,1962-04-17\n")
+    path.chmod(0o600)
+    assert found() == ("ok", "", "a list is set; 1 cells of it cannot be matched")
+    path.chmod(0o644)
+    assert found()[0] == "warning"
+    path.write_bytes(b"\xff")
+    assert found()[:2] == ("error", "AG-PRV-070")
+
+
 def test_progress_is_told_as_the_present_only_while_somebody_works(joined, capsys):
     store = Store(joined / "site.db")
     add_received(store, "training", "planned; its training is queued", role="donor")

@@ -236,6 +236,7 @@ class Member:
         if policy is not None:
             self.home.policy_file.write_text(policy)
         self.runner = ScriptedRunner()
+        self.identifiers = ""  # as in site.toml
         self.site: Site | None = None
 
     def record(self, now) -> SiteRecord:
@@ -257,7 +258,7 @@ class Member:
         trust = Belief(roster, self.name)
         self.site = Site(
             home=self.home,
-            settings=Settings(site=self.name, reserve_bytes=0),
+            settings=Settings(site=self.name, reserve_bytes=0, identifiers=self.identifiers),
             store=store,
             key=self.keys["signing"],
             trust=trust,
