@@ -19,7 +19,14 @@ from allograft.crypto.keys import SealingPublicKey
 from allograft.durable import durable_write, storage_errors
 from allograft.errors import RejectedError, UnavailableError
 from allograft.packet.container import Recipient, SealPlan, join_attestations, split_attestations
-from allograft.privacy.dossier import Approval, Dossier, approve, verify_approval, verify_dossier
+from allograft.privacy.dossier import (
+    Approval,
+    Dossier,
+    approve,
+    verify_approval,
+    verify_dossier,
+    warnings_in,
+)
 from allograft.privacy.egress import seal_release
 from allograft.privacy.release import check_release
 from allograft.privacy.scan import check_envelope, check_strings
@@ -37,17 +44,32 @@ from allograft_client.rows import ReceiptRow
 from allograft_client.site import Site
 
 
-def approve_packet(site: Site, packet_id: str, role: str) -> None:
+def approve_packet(
+    site: Site, packet_id: str, role: str, despite_warnings: bool = False
+) -> tuple[str, ...]:
     """Sign one role's agreement to a packet's dossier; the last one needed offers the packet.
 
+    Args:
+        site: The donor.
+        packet_id: The packet.
+        role: The role that agrees.
+        despite_warnings: A person was shown the warnings of the audits and agrees all the same.
+
+    Returns:
+        The warnings that were agreed to.
+
     Raises:
-        RejectedError: AG-SIT-004 for another state, AG-PRV-033 if the role is not asked for; as
+        RejectedError: AG-SIT-004 for another state, AG-PRV-033 if the role is not asked for,
+            AG-PRV-034 naming the warnings that nobody has been shown; as
             `Site.logged` for text.
     """
     row = site.store.packet(packet_id)
     if row.state != "awaiting-approval":
         raise RejectedError("AG-SIT-004", f"packet {packet_id} is {row.state}")
     dossier = _dossier(site, packet_id)
+    warnings = warnings_in(dossier.gates)
+    if warnings and not despite_warnings:
+        raise RejectedError("AG-PRV-034", "; ".join(warnings))
     approval = approve(dossier, role, canonical.format_time(site.now()))
     signed = dsse.sign(approval.to_statement(), dsse.IN_TOTO, [site.key]).to_bytes()
     check_envelope(signed, "approval", site.matchers)
@@ -57,6 +79,7 @@ def approve_packet(site: Site, packet_id: str, role: str) -> None:
     if not path.exists():
         durable_write(path, signed)
     offer_packet(site, packet_id)
+    return warnings
 
 
 def offer_packet(site: Site, packet_id: str) -> None:

@@ -24,7 +24,7 @@ from allograft.durable import durable_write
 from allograft.errors import UnavailableError
 from allograft.packet import container, oms
 from allograft.packet.tensors import check_file
-from allograft.privacy.dossier import Dossier, PayloadPart, Software
+from allograft.privacy.dossier import Dossier, PayloadPart, Software, warnings_of
 from allograft.privacy.egress import WIRE_DTYPES, rebuild_file, with_wire_dtype
 from allograft.privacy.gates import Submission, check_results, run_gates
 from allograft.privacy.policy import Policy
@@ -383,7 +383,15 @@ class _Donation:
             gates = tuple(sorted((*gates, *findings.gates), key=lambda gate: gate.name))
         self._site.store.add_packet_facts(
             self._packet_id,
-            gates=[{"name": g.name, "verdict": str(g.verdict), "reason": g.reason} for g in gates],
+            gates=[
+                {
+                    "name": gate.name,
+                    "verdict": str(gate.verdict),
+                    "reason": gate.reason,
+                    "warnings": list(warnings_of(gate)),
+                }
+                for gate in gates
+            ],
             # Here alone: how many cells cannot be matched grows with the number of patients.
             identifier_list=None if listed is None else {"skipped": listed.skipped},
         )

@@ -213,8 +213,11 @@ def _donate(site: Site, job: JobRow, tell: Progress) -> Mapping[str, Any]:
 
 
 def _approve(site: Site, job: JobRow, _tell: Progress) -> Mapping[str, Any]:
-    dispatcher.approve_packet(site, job.subject, job.arguments["role"])
-    return {"packet_id": job.subject, "state": site.store.packet(job.subject).state}
+    arguments = job.arguments
+    despite = bool(arguments.get("despite_warnings", False))
+    warnings = dispatcher.approve_packet(site, job.subject, arguments["role"], despite)
+    row = site.store.packet(job.subject)
+    return {"packet_id": job.subject, "state": row.state, "warnings": list(warnings)}
 
 
 def _dispatch(site: Site, job: JobRow, tell: Progress) -> Mapping[str, Any]:

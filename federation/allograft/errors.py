@@ -696,6 +696,10 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
             "Approve in a role that the cause lists; donate.approvals in policy.toml named them "
             "when the packet was built.",
         ),
+        "AG-PRV-034": ErrorCode(
+            "an audit passed with warnings, which an approving role must weigh",
+            "Read the dossier; who agrees all the same approves again with --despite-warnings.",
+        ),
         "AG-PRV-040": ErrorCode(
             "the payload holds something that its kind and base do not allow",
             "Use the recipe's own output; other tensors, shapes, files and metadata never leave.",

@@ -14,7 +14,7 @@ from allograft.packet import container
 from allograft.privacy.dossier import GateVerdict
 from allograft.privacy.ledger import DomainOpened, Outcome
 from allograft.privacy.report import FullReport
-from allograft_client import dispatcher, donor, protected
+from allograft_client import dispatcher, donor, main_packet, protected
 from allograft_client.budget import Budget
 from kit.consortium import Consortium
 from kit.donations import (
@@ -115,6 +115,26 @@ class TestMeasured:
         claim = dossier_of(two, donate(two, planned(two[A]))).privacy
         assert claim.epsilon is not None
         assert claim.epsilon_domain is None
+
+    def test_whoever_approves_is_shown_the_warnings_of_the_audits(self, two) -> None:
+        two[A].runner.figures = {"G5": (("tpr", 0.05), ("warn.tpr", 0.05))}
+        site, packet_id = two[A].site, donate(two, planned(two[A], "measured"))
+        words = "G5: more people than usual are recognised at the false-positive rate of the audit"
+        shown = main_packet._render_packet(
+            main_packet.describe_packet(site, site.store.packet(packet_id))
+        )
+        assert f"warning: {words}" in shown
+        for role in ("officer", "steward"):
+            with pytest.raises(RejectedError) as refused:
+                dispatcher.approve_packet(site, packet_id, role)
+            assert (refused.value.code, refused.value.cause) == ("AG-PRV-034", words)
+            assert not site.packet_path(packet_id, "approvals", f"{role}.json").exists()
+            number = site.store.add_job(
+                "light", "approve", packet_id, {"role": role, "despite_warnings": True}
+            )
+            two[A].work()
+            assert site.store.job(number).result["warnings"] == [words]
+        assert state(two, A, packet_id)[0] == "offered"
 
     def test_recipients_must_be_named(self, tmp_path) -> None:
         two = Consortium(tmp_path, hospital_a=STRICT)
