@@ -200,3 +200,48 @@ def test_people_are_registered_under_a_key_that_is_not_made_twice(state, capsys)
     (state / "keys" / "population.key").unlink()
     with pytest.raises(RejectedError, match="AG-PRV-067"):
         budget.population()
+
+
+def enrol(state, domain, ids):
+    Budget(open_state(state)).population().enrol_people(domain, ids)
+
+
+def open_domains(capsys, state, *names):
+    for name in names:
+        command = ("ledger", "open-domain", name, "--declared-by", "data-owner")
+        run_site_json(capsys, *command, "--state", state)
+
+
+def test_domains_that_share_people_are_refused(state, capsys) -> None:
+    open_domains(capsys, state, "cardiology", "oncology", "surgery")
+    enrol(state, "cardiology", ["a", "b"])
+    enrol(state, "oncology", ["c"])
+    check = ("ledger", "check-disjoint")
+    found = run_site_json(capsys, *check, "--state", state)
+    assert found == {"disjoint": ["cardiology", "oncology"], "without_people": ["surgery"]}
+    chosen = run_site_json(capsys, *check, "oncology", "surgery", "--state", state)
+    assert chosen == {"disjoint": ["oncology"], "without_people": ["surgery"]}
+    assert refusal(capsys, *check, "oncology", "unknown", "--state", state) == (1, "AG-PRV-062")
+    # Enrolment refuses it, so it is written as a damaged or older program would have.
+    register = Budget(open_state(state)).population()
+    shared = register._write("surgery", register._digests(["b", "z"]))
+    (state / "privacy" / "population" / "surgery.people").write_bytes(shared)
+    assert refusal(capsys, *check, "--state", state) == (1, "AG-PRV-066")
+    assert run_site_json(capsys, *check, "cardiology", "oncology", "--state", state)["disjoint"]
+
+
+def test_people_of_a_file_are_found_in_their_domains_and_not_enrolled(state, capsys) -> None:
+    open_domains(capsys, state, "cardiology", "oncology")
+    enrol(state, "cardiology", ["a", "b"])
+    data = state / "records.jsonl"
+    data.write_text('{"who": "b", "text": "x"}\n{"who": "new", "text": "y"}\n', "utf-8")
+    command = ("ledger", "find-overlap", "--data", data, "--person-field", "who")
+    for _ in range(2):
+        assert run_site_json(capsys, *command, "--state", state) == {"domains": ["cardiology"]}
+    status, out, _ = run_site(capsys, *command, "--state", state)
+    assert (status, out) == (0, "Some of these people belong to: cardiology.\n")
+    data.write_text('{"who": "new", "text": "y"}\n', "utf-8")
+    assert run_site_json(capsys, *command, "--state", state) == {"domains": []}
+    assert refusal(capsys, *command[:4], "--state", state) == (1, "AG-PRV-081")
+    missing = ("ledger", "find-overlap", "--data", state / "absent.jsonl")
+    assert refusal(capsys, *missing, "--state", state) == (3, "AG-STO-005")
