@@ -24,9 +24,12 @@ from allograft.privacy.ledger import (
     Ledger,
     NonprivateRelease,
     Reserved,
+    charge_for,
+    check_costs,
 )
 from allograft.privacy.ledger_file import LedgerFile
 from allograft.privacy.population import KEY_BYTES, Population
+from allograft_client.plan_files import read_signed
 from allograft_client.site import Site
 
 _HEAD = "privacy-ledger-head"
@@ -38,6 +41,9 @@ T = TypeVar("T")
 @dataclass(frozen=True, slots=True)
 class Budget:
     """The ledger and the register of people of one site.
+
+    Whoever reads the ledger also has the cost of each reservation recomputed: a signed entry that
+    states less than its run costs (AG-PRV-060) would leave budget that is not there.
 
     Errors are those of `LedgerFile` and `Population`, and AG-SIT or AG-STO for the database.
     """
@@ -51,7 +57,30 @@ class Budget:
             return Ledger(self.site.name)
         ledger = self._file.read(known)
         self._remember(ledger.head)
+        check_costs(ledger)
         return ledger
+
+    def check_plans(self, ledger: Ledger) -> tuple[str, ...]:
+        """Hold every charge against the signed plan that it names.
+
+        Returns:
+            Ids of plans that are not here, so that their charges could not be compared.
+
+        Raises:
+            RejectedError: AG-PRV-060 if a charge is not what its signed plan costs, AG-PRV-050 to
+                -053 or AG-SIG-* if a plan's file was changed.
+        """
+        missing = []
+        for account in ledger.accounts.values():
+            for entry in account.reserved:
+                charge = entry.charge
+                plan = read_signed(self.site, charge.plan_id)
+                if plan is None:
+                    missing.append(charge.plan_id)
+                elif charge_for(plan, charge.kind) != charge:
+                    cause = f"plan {charge.plan_id[:12]}: the charge is not what its plan costs"
+                    raise RejectedError("AG-PRV-060", cause)
+        return tuple(missing)
 
     def open_domain(self, limits: DomainOpened) -> Ledger:
         """Fix a domain's limits; starts the ledger with the first one."""

@@ -181,9 +181,11 @@ def show_ledger(
     state: StateOption = None,
     format: FormatOption = Format.text,
 ) -> None:
-    """Show each domain: cap, spent, left, and what was released."""
-    ledger = Budget(open_state(state)).ledger()
+    """Show each domain: cap, spent, left, and what was released; recomputes what each run cost."""
+    budget = Budget(open_state(state))
+    ledger = budget.ledger()
     value = {
+        "without_plan": list(budget.check_plans(ledger)),
         "entries": ledger.head.count,
         "head": ledger.head.to_text(),
         "domains": [
@@ -371,6 +373,7 @@ def _render_ledger(value: dict[str, Any]) -> str:
     if not value["domains"]:
         return "No privacy domain yet: `allograft-site ledger open-domain`."
     accounts = [_render_account(account) for account in value["domains"]]
+    accounts += [f"No signed plan is here for {plan[:12]}." for plan in value["without_plan"]]
     return "\n".join([*accounts, f"{value['entries']} entries, head {value['head'].split()[1]}"])
 
 

@@ -59,14 +59,26 @@ def find_plan(site: Site, prefix: str) -> FiledPlan:
     if len(ids) != 1:
         raise RejectedError("AG-PRV-056", f"{len(ids)} plans begin with {prefix}")
     (plan_id,) = ids
-    signed = _directory(site) / f"{plan_id}{_SIGNED}"
-    if signed.exists():
-        content = read_plain(signed, 2 * LIMITS.privacy_plan_bytes)
-        plan = verify_plan(content, [site.key.public], site.name)
-        return _named(FiledPlan(plan, signed, True), plan_id)
+    found = read_signed(site, plan_id)
+    if found is not None:
+        return FiledPlan(found, _directory(site) / f"{plan_id}{_SIGNED}", True)
     draft = _directory(site) / f"{plan_id}{_DRAFT}"
     plan = read_plan(read_plain(draft, LIMITS.privacy_plan_bytes))
     return _named(FiledPlan(plan, draft, False), plan_id)
+
+
+def read_signed(site: Site, plan_id: str) -> PrivacyPlan | None:
+    """The signed plan of exactly this id; None if there is none here.
+
+    Raises:
+        RejectedError: AG-PRV-050 to -053 or AG-SIG-* if its file was changed.
+    """
+    path = _directory(site) / f"{plan_id}{_SIGNED}"
+    if not path.exists():
+        return None
+    content = read_plain(path, 2 * LIMITS.privacy_plan_bytes)
+    plan = verify_plan(content, [site.key.public], site.name)
+    return _named(FiledPlan(plan, path, True), plan_id).plan
 
 
 def sign_draft(site: Site, prefix: str) -> FiledPlan:

@@ -3,12 +3,20 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
 from allograft.errors import RejectedError
-from allograft.privacy.accountant import DpEvent, epsilon_by_rdp
-from allograft.privacy.ledger import Committed, NonprivateRelease, Outcome, charge_for
+from allograft.privacy.accountant import ORDERS, DpEvent, epsilon_by_rdp
+from allograft.privacy.ledger import (
+    Committed,
+    NonprivateRelease,
+    Outcome,
+    Reserved,
+    charge_for,
+    reserve_for,
+)
 from allograft.provenance.statement import Architecture, BaseModel, write_base
 from allograft_client import main_privacy
 from allograft_client.budget import Budget
@@ -245,3 +253,50 @@ def test_people_of_a_file_are_found_in_their_domains_and_not_enrolled(state, cap
     assert refusal(capsys, *command[:4], "--state", state) == (1, "AG-PRV-081")
     missing = ("ledger", "find-overlap", "--data", state / "absent.jsonl")
     assert refusal(capsys, *missing, "--state", state) == (3, "AG-STO-005")
+
+
+def diagnose(capsys, state):
+    _, out, _ = run_site(capsys, "doctor", "--state", state, "--format", "json")
+    (found,) = [f for f in json.loads(out)["findings"] if f["check"] == "ledger"]
+    return found["level"], found["code"]
+
+
+def sign_plan(capsys, state):
+    plan_id = draft(capsys, state)["plan_id"]
+    run_site_json(capsys, "plan", "sign", plan_id, "--state", state)
+    return find_plan(open_state(state), plan_id).plan
+
+
+def test_doctor_recomputes_what_the_ledger_says(state, capsys) -> None:
+    assert diagnose(capsys, state) == ("ok", "")
+    open_cardiology(capsys, state)
+    plan = sign_plan(capsys, state)
+    Budget(open_state(state)).reserve(charge_for(plan))
+    assert diagnose(capsys, state) == ("ok", "")
+    (state / "plans" / f"{plan.plan_id}.json").unlink()
+    assert diagnose(capsys, state) == ("warning", "AG-PRV-056")
+    assert run_site_json(capsys, "ledger", "show", "--state", state)["without_plan"]
+
+
+def write_entry(state, reserved) -> None:
+    """An entry as altered software of the site would have signed it."""
+    budget = Budget(open_state(state))
+    budget._file._record(reserved, budget.site.now(), budget._known())
+
+
+def test_a_charge_that_states_too_little_stops_the_ledger(state, capsys) -> None:
+    open_cardiology(capsys, state)
+    charge = charge_for(sign_plan(capsys, state))
+    write_entry(state, Reserved(charge, (0.0,) * len(ORDERS)))
+    assert diagnose(capsys, state) == ("error", "AG-PRV-060")
+    assert refusal(capsys, "ledger", "show", "--state", state) == (1, "AG-PRV-060")
+    with pytest.raises(RejectedError, match="AG-PRV-060"):
+        Budget(open_state(state)).ledger()
+
+
+def test_a_charge_for_less_than_its_signed_plan_is_told(state, capsys) -> None:
+    open_cardiology(capsys, state)
+    charge = charge_for(sign_plan(capsys, state))
+    write_entry(state, reserve_for(replace(charge, event=replace(charge.event, steps=1))))
+    assert diagnose(capsys, state) == ("error", "AG-PRV-060")
+    assert refusal(capsys, "ledger", "show", "--state", state) == (1, "AG-PRV-060")
