@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The site's privacy budget: its ledger, with a second memory of the head, and its people.
 
-Invariant: the ledger's head stands in the site's database as well. Who replaces the ledger's
+Invariants: the ledger's head stands in the site's database as well. Who replaces the ledger's
 directory by an older copy, or removes it, is refused; a ledger is started only where none is
-remembered.
+remembered. Every key that signs an entry is in `keys/signing.public` before it does, so that the
+ledger still verifies after the site was given another signing key. A former key counts as long as
+the file names it; the file is the site's own, like the key.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from allograft.crypto import keystore
@@ -45,7 +48,8 @@ class Budget:
     Whoever reads the ledger also has the cost of each reservation recomputed: a signed entry that
     states less than its run costs (AG-PRV-060) would leave budget that is not there.
 
-    Errors are those of `LedgerFile` and `Population`, and AG-SIT or AG-STO for the database.
+    Errors are those of `LedgerFile` and `Population`, AG-KEY for `keys/signing.public`, and AG-SIT
+    or AG-STO for the database.
     """
 
     site: Site
@@ -57,6 +61,7 @@ class Budget:
             return Ledger(self.site.name)
         ledger = self._file.read(known)
         self._remember(ledger.head)
+        self._keep_key()
         check_costs(ledger)
         return ledger
 
@@ -71,10 +76,11 @@ class Budget:
                 -053 or AG-SIG-* if a plan's file was changed.
         """
         missing = []
+        former = self._file.former_keys
         for account in ledger.accounts.values():
             for entry in account.reserved:
                 charge = entry.charge
-                plan = read_signed(self.site, charge.plan_id)
+                plan = read_signed(self.site, charge.plan_id, former)
                 if plan is None:
                     missing.append(charge.plan_id)
                 elif charge_for(plan, charge.kind) != charge:
@@ -84,6 +90,7 @@ class Budget:
 
     def open_domain(self, limits: DomainOpened) -> Ledger:
         """Fix a domain's limits; starts the ledger with the first one."""
+        self._keep_key()
         known = self._known()
         if known == EMPTY and not self._file.is_started():
             self._file.create(known)
@@ -130,9 +137,21 @@ class Budget:
 
     @property
     def _file(self) -> LedgerFile:
-        return LedgerFile(self.site.home.path("privacy"), self.site.name, self.site.key)
+        present = self.site.key.public
+        known = keystore.read_verify_keys(self._key_file)
+        former = [key for key in known if key.key_id != present.key_id]
+        directory = self.site.home.path("privacy")
+        return LedgerFile(directory, self.site.name, self.site.key, former)
+
+    @property
+    def _key_file(self) -> Path:
+        return self.site.home.path("keys", "signing.public")
+
+    def _keep_key(self) -> None:
+        keystore.add_verify_key(self._key_file, self.site.key.public)
 
     def _act(self, act: Callable[[], T]) -> T:
+        self._keep_key()
         result = act()
         self._remember(self._file.head())
         return result

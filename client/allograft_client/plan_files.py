@@ -7,9 +7,11 @@ A draft is the bare statement, for people to read and discuss; only the signed f
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from allograft.crypto.keys import VerifyKey
 from allograft.durable import durable_write
 from allograft.errors import RejectedError
 from allograft.limits import LIMITS
@@ -67,8 +69,16 @@ def find_plan(site: Site, prefix: str) -> FiledPlan:
     return _named(FiledPlan(plan, draft, False), plan_id)
 
 
-def read_signed(site: Site, plan_id: str) -> PrivacyPlan | None:
+def read_signed(
+    site: Site, plan_id: str, former_keys: Sequence[VerifyKey] = ()
+) -> PrivacyPlan | None:
     """The signed plan of exactly this id; None if there is none here.
+
+    Args:
+        site: Whose.
+        plan_id: Its id.
+        former_keys: Keys the site had before. Only for looking back: a packet needs a plan that its
+            recipients can verify with the roster of today.
 
     Raises:
         RejectedError: AG-PRV-050 to -053 or AG-SIG-* if its file was changed.
@@ -77,7 +87,7 @@ def read_signed(site: Site, plan_id: str) -> PrivacyPlan | None:
     if not path.exists():
         return None
     content = read_plain(path, 2 * LIMITS.privacy_plan_bytes)
-    plan = verify_plan(content, [site.key.public], site.name)
+    plan = verify_plan(content, [site.key.public, *former_keys], site.name)
     return _named(FiledPlan(plan, path, True), plan_id).plan
 
 

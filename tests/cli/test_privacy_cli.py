@@ -7,10 +7,13 @@ from dataclasses import replace
 
 import pytest
 
+from allograft.crypto import keystore
+from allograft.crypto.keys import SigningKey
 from allograft.errors import RejectedError
 from allograft.privacy.accountant import ORDERS, DpEvent, epsilon_by_rdp
 from allograft.privacy.ledger import (
     Committed,
+    DomainOpened,
     NonprivateRelease,
     Outcome,
     Reserved,
@@ -300,3 +303,48 @@ def test_a_charge_for_less_than_its_signed_plan_is_told(state, capsys) -> None:
     write_entry(state, reserve_for(replace(charge, event=replace(charge.event, steps=1))))
     assert diagnose(capsys, state) == ("error", "AG-PRV-060")
     assert refusal(capsys, "ledger", "show", "--state", state) == (1, "AG-PRV-060")
+
+
+def rotate(state) -> None:
+    """Another signing key, as the keeper enrols it with `--replace`."""
+    (state / "keys" / "signing.pem").unlink()
+    keystore.write_signing_key(state / "keys" / "signing.pem", SigningKey.generate())
+
+
+def test_the_ledger_goes_on_after_the_site_got_another_key(state, capsys) -> None:
+    open_cardiology(capsys, state)
+    plan = sign_plan(capsys, state)
+    Budget(open_state(state)).reserve(charge_for(plan))
+    for _ in range(2):
+        rotate(state)
+        before = Budget(open_state(state)).ledger()
+        assert before.reservation(plan.plan_id) is not None
+        assert diagnose(capsys, state) == ("ok", "")
+        another = sign_plan(capsys, state)
+        Budget(open_state(state)).reserve(charge_for(another))
+        assert Budget(open_state(state)).ledger().head.count == before.head.count + 1
+    assert run_site_json(capsys, "ledger", "show", "--state", state)["without_plan"] == []
+    keys = keystore.read_verify_keys(state / "keys" / "signing.public")
+    assert len(keys) == 3
+
+
+@pytest.mark.parametrize("damage", ["lost", "stranger"])
+def test_entries_of_a_key_that_the_site_never_had_are_refused(state, capsys, damage) -> None:
+    open_cardiology(capsys, state)
+    rotate(state)
+    known = state / "keys" / "signing.public"
+    known.unlink()
+    if damage == "stranger":
+        keystore.add_verify_key(known, SigningKey.generate().public)
+    assert refusal(capsys, "ledger", "show", "--state", state) == (1, "AG-PRV-060")
+
+
+def test_a_key_is_kept_before_it_signs(state, capsys, monkeypatch) -> None:
+    def killed(*_arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("allograft.privacy.ledger_file.durable_write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            Budget(open_state(state)).open_domain(DomainOpened("x", 8.0, 1e-6, 4, "data-owner"))
+    assert len(keystore.read_verify_keys(state / "keys" / "signing.public")) == 1
