@@ -69,8 +69,9 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
             "Free space on that volume; a daemon then goes on by itself, a command is run again.",
         ),
         "AG-STO-002": ErrorCode(
-            "another daemon already uses this state directory",
-            "Stop the other daemon or give this one its own --state directory.",
+            "another process already uses this state directory",
+            "Stop the other daemon, or wait for the command that works there; two daemons need two "
+            "--state directories.",
         ),
         "AG-STO-003": ErrorCode(
             "the state directory is missing or incomplete",

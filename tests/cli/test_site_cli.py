@@ -26,6 +26,7 @@ from allograft_client.settings import Home
 from allograft_client.store import Store
 from kit.consortium import POLICY, SHAPE, ScriptedRunner, write_model
 from kit.founding import Founded, run_site, run_site_json
+from kit.waiting import Clock, wait_by
 
 PACKET = "0123456789abcdef0123456789abcdef"
 
@@ -426,6 +427,22 @@ def test_a_request_waits_for_a_daemon_that_holds_the_state(joined, tmp_path, cap
     assert scripted.tasks == []
 
 
+def test_a_daemon_waits_for_a_command_on_the_same_state(joined, monkeypatch):
+    began = []
+    wait_by(Clock(at_s=5.0, then=lock_directory(joined)), monkeypatch)
+    monkeypatch.setattr(Daemon, "_run_locked", lambda _daemon: began.append(True))
+    Daemon(Home(joined)).run()
+    assert len(began) == 1
+
+
+def test_a_second_daemon_on_the_same_state_is_refused(joined, monkeypatch):
+    wait_by(Clock(), monkeypatch)
+    release = lock_directory(joined)
+    with pytest.raises(UnavailableError, match="AG-STO-002"):
+        Daemon(Home(joined)).run()
+    release()
+
+
 def test_every_request_names_its_packet_even_if_only_queued(joined, capsys):
     site = site_module.open_site(Home(joined))
     packet_id = "ab" * 16
@@ -444,13 +461,6 @@ def test_every_request_names_its_packet_even_if_only_queued(joined, capsys):
     ):
         queued = run_site_json(capsys, *command, "--no-wait", "--state", joined)
         assert (queued["packet_id"], queued["state"]) == (packet_id, "queued"), command
-
-
-def test_a_second_daemon_on_the_same_state_is_refused(joined):
-    release = lock_directory(joined)
-    with pytest.raises(UnavailableError, match="AG-STO-002"):
-        Daemon(Home(joined)).run()
-    release()
 
 
 def test_a_daemon_without_its_sealing_key_does_not_start(joined):
