@@ -212,7 +212,19 @@ def _donate(site: Site, job: JobRow, tell: Progress) -> Mapping[str, Any]:
     return {"packet_id": job.subject, "state": site.store.packet(job.subject).state}
 
 
+def _check_list(site: Site) -> None:
+    """Refuse at once where the identifier list is missing: a person asked, and can ask again.
+
+    Put back into the queue, the job would stand before the mail that recalls a packet.
+    """
+    try:
+        _ = site.identifier_list
+    except UnavailableError as error:
+        raise RejectedError(error.code, error.cause) from error
+
+
 def _approve(site: Site, job: JobRow, _tell: Progress) -> Mapping[str, Any]:
+    _check_list(site)
     arguments = job.arguments
     despite = bool(arguments.get("despite_warnings", False))
     warnings = dispatcher.approve_packet(site, job.subject, arguments["role"], despite)
@@ -221,6 +233,7 @@ def _approve(site: Site, job: JobRow, _tell: Progress) -> Mapping[str, Any]:
 
 
 def _dispatch(site: Site, job: JobRow, tell: Progress) -> Mapping[str, Any]:
+    _check_list(site)
     tell({"stage": "sealing"})
     arguments = job.arguments
     return dispatcher.dispatch_packet(

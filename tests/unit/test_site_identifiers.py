@@ -103,7 +103,7 @@ class TestUse:
         plan = planned(two[A], signed=False, purpose="for Bergmann")
         assert refusal(sign_draft, two[A].site, plan.plan_id) == "AG-PRV-021"
 
-    @pytest.mark.parametrize("document", ["card", "approval", "offer", "receipt"])
+    @pytest.mark.parametrize("document", ["card", "approval", "offer", "dispatch"])
     def test_it_is_asked_for_every_document(self, two, document: str) -> None:
         site = two[A].site
         if document == "card":
@@ -113,15 +113,15 @@ class TestUse:
             return
         packet_id = donate(two, planned(two[A]))
         write_list(
-            two[A], {"approval": "officer", "offer": "discharge", "receipt": "kept"}[document]
+            two[A], {"approval": "officer", "offer": "discharge", "dispatch": "gone"}[document]
         )
-        words = common_words() - {"officer", "discharge", "kept"}
+        words = common_words() - {"officer", "discharge", "gone"}
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("allograft.privacy.identifiers.common_words", lambda: words)
-            if document == "receipt":
-                signed = dsse.sign(b'{"outcome":"kept"}', dsse.IN_TOTO, [site.key]).to_bytes()
+            if document == "dispatch":
+                signed = dsse.sign(b'{"header":"gone"}', dsse.IN_TOTO, [site.key]).to_bytes()
                 about = {"packet_id": packet_id}
-                code = refusal(two[A].site.logged, "receipt", "receipt", signed, about)
+                code = refusal(two[A].site.logged, "dispatch", "dispatch", signed, about)
             elif document == "approval":
                 code = refusal(dispatcher.approve_packet, two[A].site, packet_id, "officer")
             else:
@@ -251,6 +251,21 @@ class TestFailsClosed:
                 call()
             assert refused.value.code in {"AG-STO-005", "AG-PRV-070", "AG-PRV-071"}
         assert two.sent == []
+
+    def test_it_holds_up_no_recall_and_no_withdrawal(self, two) -> None:
+        packet_id = donate(two, planned(two[A]))
+        send(two, packet_id)
+        assert state(two, B, packet_id) == ("kept", "")
+        for name in (A, B):
+            write_list(two[name], NAME).unlink()
+        number = two[B].site.store.add_job("light", "approve", packet_id, {"role": "officer"})
+        dispatcher.withdraw_packet(two[A].site, packet_id)
+        two.step()
+        asked = two[B].site.store.job(number)
+        assert (asked.state, asked.code) == ("failed", "AG-STO-005")
+        assert state(two, B, packet_id) == ("recalled", "")
+        assert not two[B].site.store.attachments("base")
+        assert two.sent[-1][1] == "receipt"
 
 
 class TestPolicy:
