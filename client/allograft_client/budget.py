@@ -1,9 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """The site's privacy budget: its ledger, with a second memory of the head, and its people.
 
-Invariant: the ledger's head stands in the site's database as well. Who replaces the ledger's
+Invariants: the ledger's head stands in the site's database as well. Who replaces the ledger's
 directory by an older copy, or removes it, is refused; a ledger is started only where none is
-remembered.
+remembered. Every key that signs an entry is in `keys/signing.public` before it does, so that the
+ledger still verifies after the site was given another signing key. A former key counts as long as
+the file names it; the file is the site's own, like the key.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 from allograft.crypto import keystore
@@ -24,9 +27,12 @@ from allograft.privacy.ledger import (
     Ledger,
     NonprivateRelease,
     Reserved,
+    charge_for,
+    check_costs,
 )
 from allograft.privacy.ledger_file import LedgerFile
 from allograft.privacy.population import KEY_BYTES, Population
+from allograft_client.plan_files import read_signed
 from allograft_client.site import Site
 
 _HEAD = "privacy-ledger-head"
@@ -39,7 +45,11 @@ T = TypeVar("T")
 class Budget:
     """The ledger and the register of people of one site.
 
-    Errors are those of `LedgerFile` and `Population`, and AG-SIT or AG-STO for the database.
+    Whoever reads the ledger also has the cost of each reservation recomputed: a signed entry that
+    states less than its run costs (AG-PRV-060) would leave budget that is not there.
+
+    Errors are those of `LedgerFile` and `Population`, AG-KEY for `keys/signing.public`, and AG-SIT
+    or AG-STO for the database.
     """
 
     site: Site
@@ -51,10 +61,36 @@ class Budget:
             return Ledger(self.site.name)
         ledger = self._file.read(known)
         self._remember(ledger.head)
+        self._keep_key()
+        check_costs(ledger)
         return ledger
+
+    def check_plans(self, ledger: Ledger) -> tuple[str, ...]:
+        """Hold every charge against the signed plan that it names.
+
+        Returns:
+            Ids of plans that are not here, so that their charges could not be compared.
+
+        Raises:
+            RejectedError: AG-PRV-060 if a charge is not what its signed plan costs, AG-PRV-050 to
+                -053 or AG-SIG-* if a plan's file was changed.
+        """
+        missing = []
+        former = self._file.former_keys
+        for account in ledger.accounts.values():
+            for entry in account.reserved:
+                charge = entry.charge
+                plan = read_signed(self.site, charge.plan_id, former)
+                if plan is None:
+                    missing.append(charge.plan_id)
+                elif charge_for(plan, charge.kind) != charge:
+                    cause = f"plan {charge.plan_id[:12]}: the charge is not what its plan costs"
+                    raise RejectedError("AG-PRV-060", cause)
+        return tuple(missing)
 
     def open_domain(self, limits: DomainOpened) -> Ledger:
         """Fix a domain's limits; starts the ledger with the first one."""
+        self._keep_key()
         known = self._known()
         if known == EMPTY and not self._file.is_started():
             self._file.create(known)
@@ -101,9 +137,21 @@ class Budget:
 
     @property
     def _file(self) -> LedgerFile:
-        return LedgerFile(self.site.home.path("privacy"), self.site.name, self.site.key)
+        present = self.site.key.public
+        known = keystore.read_verify_keys(self._key_file)
+        former = [key for key in known if key.key_id != present.key_id]
+        directory = self.site.home.path("privacy")
+        return LedgerFile(directory, self.site.name, self.site.key, former)
+
+    @property
+    def _key_file(self) -> Path:
+        return self.site.home.path("keys", "signing.public")
+
+    def _keep_key(self) -> None:
+        keystore.add_verify_key(self._key_file, self.site.key.public)
 
     def _act(self, act: Callable[[], T]) -> T:
+        self._keep_key()
         result = act()
         self._remember(self._file.head())
         return result

@@ -42,14 +42,15 @@ def publish_card(site: Site) -> bool:
     """Send a card if it says something new.
 
     Raises:
-        RejectedError: AG-PRV-021 if a model's name looks like an identifier of a person.
-        UnavailableError: AG-STO-001 when the disk is full.
+        RejectedError: AG-PRV-021 if a model's name looks like an identifier of a person; as
+            `Site.matchers` for the identifier list.
+        UnavailableError: AG-STO-001 when the disk is full, AG-STO-005 as `Site.matchers`.
     """
     card = describe_site(site)
     digest = hashlib.sha256(canonical.dumps(card.to_json())).hexdigest()
     if site.store.setting(_DIGEST) == digest:
         return False
-    check_strings(card.to_json(), "card")
+    check_strings(card.to_json(), "card", site.matchers)
     version = int(site.store.setting(_VERSION, "0")) + 1
     signed = sign_card(replace(card, version=version, time=site.now()), site.key)
     with site.store.transaction():

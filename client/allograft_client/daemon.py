@@ -22,7 +22,7 @@ from types import FrameType
 import structlog
 
 from allograft.crypto import keystore
-from allograft.durable import durable_write, lock_directory
+from allograft.durable import DAEMON_WAIT_S, durable_write, lock_directory
 from allograft.errors import AllograftError
 from allograft.relay import memory
 from allograft_client.card import publish_card
@@ -62,12 +62,13 @@ class Daemon:
         """Run until stopped.
 
         Raises:
-            UnavailableError: AG-STO-002 if another daemon uses the directory, AG-STO-003 if it
-                was never initialised or a key is missing.
+            UnavailableError: AG-STO-002 if another daemon or a long command uses the directory for
+                longer than `DAEMON_WAIT_S`, AG-STO-003 if it was never initialised or a key is
+                missing.
             RejectedError: AG-SIT-008 if the site has not joined; AG-KEY-* or AG-ROS-*.
         """
         self._home.settings()
-        release = lock_directory(self._home.root)
+        release = lock_directory(self._home.root, DAEMON_WAIT_S)
         try:
             self._run_locked()
         finally:

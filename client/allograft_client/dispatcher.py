@@ -19,7 +19,14 @@ from allograft.crypto.keys import SealingPublicKey
 from allograft.durable import durable_write, storage_errors
 from allograft.errors import RejectedError, UnavailableError
 from allograft.packet.container import Recipient, SealPlan, join_attestations, split_attestations
-from allograft.privacy.dossier import Approval, Dossier, approve, verify_approval, verify_dossier
+from allograft.privacy.dossier import (
+    Approval,
+    Dossier,
+    approve,
+    verify_approval,
+    verify_dossier,
+    warnings_in,
+)
 from allograft.privacy.egress import seal_release
 from allograft.privacy.release import check_release
 from allograft.privacy.scan import check_envelope, check_strings
@@ -37,25 +44,42 @@ from allograft_client.rows import ReceiptRow
 from allograft_client.site import Site
 
 
-def approve_packet(site: Site, packet_id: str, role: str) -> None:
+def approve_packet(
+    site: Site, packet_id: str, role: str, despite_warnings: bool = False
+) -> tuple[str, ...]:
     """Sign one role's agreement to a packet's dossier; the last one needed offers the packet.
 
+    Args:
+        site: The donor.
+        packet_id: The packet.
+        role: The role that agrees.
+        despite_warnings: A person was shown the warnings of the audits and agrees all the same.
+
+    Returns:
+        The warnings that were agreed to.
+
     Raises:
-        RejectedError: AG-SIT-004 for another state, AG-PRV-033 if the role is not asked for.
+        RejectedError: AG-SIT-004 for another state, AG-PRV-033 if the role is not asked for,
+            AG-PRV-034 naming the warnings that nobody has been shown; as
+            `Site.logged` for text.
     """
     row = site.store.packet(packet_id)
     if row.state != "awaiting-approval":
         raise RejectedError("AG-SIT-004", f"packet {packet_id} is {row.state}")
     dossier = _dossier(site, packet_id)
+    warnings = warnings_in(dossier.gates)
+    if warnings and not despite_warnings:
+        raise RejectedError("AG-PRV-034", "; ".join(warnings))
     approval = approve(dossier, role, canonical.format_time(site.now()))
     signed = dsse.sign(approval.to_statement(), dsse.IN_TOTO, [site.key]).to_bytes()
-    check_envelope(signed, "approval")
+    check_envelope(signed, "approval", site.matchers)
     directory = site.packet_path(packet_id, "approvals")
     directory.mkdir(mode=0o700, exist_ok=True)
     path = directory / f"{role}.json"
     if not path.exists():
         durable_write(path, signed)
     offer_packet(site, packet_id)
+    return warnings
 
 
 def offer_packet(site: Site, packet_id: str) -> None:
@@ -71,7 +95,9 @@ def offer_packet(site: Site, packet_id: str) -> None:
     statement = read_own_statement(site, packet_id)
     attestations = _attestations(site, packet_id)
     check_attestations(attestations, (site.key.public,))
-    signed = sign_offer(_offer(statement, str(row.facts["statement_digest"]), dossier), site.key)
+    signed = sign_offer(
+        _offer(site, statement, str(row.facts["statement_digest"]), dossier), site.key
+    )
     files = site.logged("offer", "offer", signed, {"packet_id": packet_id})
     with site.outbox.draft() as draft:
         for name, content in files.items():
@@ -262,7 +288,9 @@ def _check_proposed(proposals: Sequence[Mapping[str, str]], recipients: Sequence
             raise RejectedError("AG-SIT-014", f"{recipient}: {proposal['reason']}")
 
 
-def _offer(statement: PacketStatement, statement_digest: str, dossier: Dossier) -> Offer:
+def _offer(
+    site: Site, statement: PacketStatement, statement_digest: str, dossier: Dossier
+) -> Offer:
     base = statement.base
     offer = Offer(
         packet_id=statement.packet_id,
@@ -288,7 +316,7 @@ def _offer(statement: PacketStatement, statement_digest: str, dossier: Dossier) 
         ),
         not_after=statement.not_after,
     )
-    check_strings(offer.to_json(), "offer")
+    check_strings(offer.to_json(), "offer", site.matchers)
     return offer
 
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Preflight: what would stop this site from working, each with its cause and its fix.
 
-Every check stands alone and changes nothing; a check that cannot run says why. The coordinator is
+Every check stands alone and changes nothing, but that reading the privacy ledger finishes what a
+crash left, as every reader does; a check that cannot run says why. The coordinator is
 reached by a plain TLS handshake against the consortium's own CA, as the SuperNode does it.
 """
 
@@ -72,6 +73,8 @@ def _checks() -> Iterator[tuple[str, Callable[[Home], Finding | str]]]:
     yield "database", _database
     yield "roster", _roster
     yield "policy", _policy
+    yield "identifiers", _identifiers
+    yield "ledger", _ledger
     yield "models", _models
     yield "socket", _socket
     yield "disk", _disk
@@ -147,6 +150,50 @@ def _policy(home: Home) -> str:
     gives = ", ".join(policy.donate.kinds) or "nothing"
     takes = ", ".join(policy.receive.kinds) or "nothing"
     return f"donates {gives}; receives {takes}"
+
+
+def _identifiers(home: Home) -> Finding | str:
+    """Whether names and numbers of the site's own patients are looked for in what leaves."""
+    from allograft.privacy.policy import read_policy
+    from allograft_client.identifiers import open_list
+
+    path = home.identifier_list(home.settings())
+    if path is None:
+        if home.policy_file.exists():
+            policy = read_policy(home.policy_file)
+            for mode in policy.donate.modes:
+                policy.check_identifier_list(mode, False)
+        return "no list is set; text that leaves is scanned for patterns alone"
+    skipped = open_list(path).skipped
+    found = f"a list is set; {skipped} cells of it cannot be matched"
+    bits = stat.S_IMODE(path.stat().st_mode)
+    if bits & (stat.S_IRWXG | stat.S_IRWXO):
+        fix = f"Take it back with `chmod 600 {path}`; it names your patients."
+        cause = f"{found}; others may read it (mode {bits:04o})"
+        return Finding("identifiers", "warning", cause, "", fix)
+    return found
+
+
+def _ledger(home: Home) -> Finding | str:
+    """The privacy ledger as its entries say, with what each run costs recomputed."""
+    from allograft_client.budget import Budget
+    from allograft_client.site import open_site
+
+    site = open_site(home)
+    try:
+        budget = Budget(site)
+        ledger = budget.ledger()
+        missing = budget.check_plans(ledger)
+    finally:
+        site.store.close()
+    if not ledger.head.count:
+        return "none yet; modes strict and measured begin with one"
+    found = f"{ledger.head.count} entries, {len(ledger.accounts)} domains; every charge recomputed"
+    if missing:
+        fix = "Restore the directory plans/ from a backup; its plans say what was to be spent."
+        cause = f"{found}; no signed plan for {', '.join(plan[:12] for plan in missing)}"
+        return Finding("ledger", "warning", cause, "AG-PRV-056", fix)
+    return found
 
 
 def _models(home: Home) -> Finding | str:

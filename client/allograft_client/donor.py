@@ -24,11 +24,11 @@ from allograft.durable import durable_write
 from allograft.errors import UnavailableError
 from allograft.packet import container, oms
 from allograft.packet.tensors import check_file
-from allograft.privacy.dossier import Dossier, PayloadPart, Software
+from allograft.privacy.dossier import Dossier, PayloadPart, Software, warnings_of
 from allograft.privacy.egress import WIRE_DTYPES, rebuild_file, with_wire_dtype
 from allograft.privacy.gates import Submission, check_results, run_gates
 from allograft.privacy.policy import Policy
-from allograft.privacy.scan import check_envelope
+from allograft.privacy.scan import Matcher, check_envelope
 from allograft.privacy.shapes import allow_list, read_base
 from allograft.provenance.intoto import Statement
 from allograft.provenance.statement import (
@@ -69,12 +69,14 @@ def plan_donation(site: Site, plan: DonationPlan) -> tuple[str, int]:
         RejectedError: AG-PRV-001 no policy, AG-PRV-003 the policy forbids it, AG-PRV-015 the
             model holds packets that may not be passed on, AG-SIT-003 unknown model, AG-IN-003 or
             AG-RCP-035 a bad plan, AG-PRV-01x the mode.
-        UnavailableError: AG-STO-005 if there is no such data.
+        UnavailableError: AG-STO-005 if there is no such data or no identifier list where the site
+            names one.
     """
     plan.check()
     policy = site.policy()
     policy.check_donation(plan.mode, plan.kind)
     site.check_signed_policy(plan.mode, policy)
+    _check_list(site, policy, plan)
     _check_parents(site, policy, plan)
     if not plan.data.is_file():
         raise UnavailableError("AG-STO-005", f"--data: there is no file {plan.data}")
@@ -103,6 +105,14 @@ def plan_donation(site: Site, plan: DonationPlan) -> tuple[str, int]:
     return packet_id, number
 
 
+def _check_list(site: Site, policy: Policy, plan: DonationPlan) -> None:
+    """Refuse before anything is trained what the text gate would refuse afterwards."""
+    path = site.home.identifier_list(site.settings)
+    policy.check_identifier_list(plan.mode, path is not None)
+    if path is not None and not path.is_file():
+        raise UnavailableError("AG-STO-005", f"site.toml: identifiers: there is no file {path}")
+
+
 def _check_parents(site: Site, policy: Policy, plan: DonationPlan) -> None:
     """Refuse to pass on what others' packets taught a model, unless licence and ε allow it."""
     epsilon = find_signed_plan(site, plan).epsilon() if plan.is_protected else None
@@ -119,6 +129,8 @@ def donate(site: Site, packet_id: str, plan: DonationPlan, tell: Progress) -> No
     policy = site.policy()
     policy.check_donation(plan.mode, plan.kind)
     site.check_signed_policy(plan.mode, policy)
+    _check_list(site, policy, plan)
+    _ = site.matchers  # read now: afterwards the run is trained and paid for
     _check_parents(site, policy, plan)
     directory = site.packet_path(packet_id)
     directory.mkdir(mode=0o700, exist_ok=True)
@@ -242,11 +254,11 @@ class _Donation:
             sign_evaluation(judged, packet.subjects, key),
             signed_dossier,
         ]
-        for envelope in evidence:
-            # The gate saw what people write; this is every string of the bytes that are signed.
-            check_envelope(envelope, "the packet's evidence")
         if self._protected is not None:
             evidence.append(self._protected.plan_envelope)
+        for envelope in evidence:
+            # The gate saw what people write; this is every string of the bytes that are signed.
+            check_envelope(envelope, "the packet's evidence", self._site.matchers)
         attestations = container.join_attestations([oms.sign_bundle(resources, key), *evidence])
         check_attestations(attestations, (key.public,))
         durable_write(self._directory / "dossier.json", signed_dossier)
@@ -342,6 +354,9 @@ class _Donation:
             software={software.name: software.version for software in _software()},
         )
 
+    def _corpus(self) -> tuple[Matcher, ...]:
+        return self._protected.corpus_matchers() if self._protected else ()
+
     def _told(self, text: str) -> datetime:
         """A time of training as it is published: how long it took depends on the data."""
         moment = canonical.parse_time(text)
@@ -356,19 +371,32 @@ class _Donation:
         extract: Mapping[str, Any],
     ) -> Dossier:
         policy = self._site.policy()
+        # Before the gates: a list that cannot be used leaves no verdict at all.
+        listed = self._site.identifier_list
         submission = Submission(
             kind=packet.kind,
             payload=self._directory / "payload",
             allowed=allow_list(packet.kind, facts, read_base(self._model.path)),
             wire_dtype=policy.donate.wire_dtype,
             documents=documents,
+            matchers=(*self._site.matchers, *self._corpus()),
         )
         gates = run_gates(submission)
         if findings is not None:
             gates = tuple(sorted((*gates, *findings.gates), key=lambda gate: gate.name))
         self._site.store.add_packet_facts(
             self._packet_id,
-            gates=[{"name": g.name, "verdict": str(g.verdict), "reason": g.reason} for g in gates],
+            gates=[
+                {
+                    "name": gate.name,
+                    "verdict": str(gate.verdict),
+                    "reason": gate.reason,
+                    "warnings": list(warnings_of(gate)),
+                }
+                for gate in gates
+            ],
+            # Here alone: how many cells cannot be matched grows with the number of patients.
+            identifier_list=None if listed is None else {"skipped": listed.skipped},
         )
         check_results(gates)
         parts = tuple(PayloadPart(p.name, p.size_bytes, p.sha256) for p in packet.parts)

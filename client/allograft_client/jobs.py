@@ -212,12 +212,28 @@ def _donate(site: Site, job: JobRow, tell: Progress) -> Mapping[str, Any]:
     return {"packet_id": job.subject, "state": site.store.packet(job.subject).state}
 
 
+def _check_list(site: Site) -> None:
+    """Refuse at once where the identifier list is missing: a person asked, and can ask again.
+
+    Put back into the queue, the job would stand before the mail that recalls a packet.
+    """
+    try:
+        _ = site.identifier_list
+    except UnavailableError as error:
+        raise RejectedError(error.code, error.cause) from error
+
+
 def _approve(site: Site, job: JobRow, _tell: Progress) -> Mapping[str, Any]:
-    dispatcher.approve_packet(site, job.subject, job.arguments["role"])
-    return {"packet_id": job.subject, "state": site.store.packet(job.subject).state}
+    _check_list(site)
+    arguments = job.arguments
+    despite = bool(arguments.get("despite_warnings", False))
+    warnings = dispatcher.approve_packet(site, job.subject, arguments["role"], despite)
+    row = site.store.packet(job.subject)
+    return {"packet_id": job.subject, "state": row.state, "warnings": list(warnings)}
 
 
 def _dispatch(site: Site, job: JobRow, tell: Progress) -> Mapping[str, Any]:
+    _check_list(site)
     tell({"stage": "sealing"})
     arguments = job.arguments
     return dispatcher.dispatch_packet(

@@ -125,6 +125,10 @@ def donate(
 def approve(
     packet: PacketArgument,
     role: Annotated[str, typer.Option(help="Role that agrees, as the policy names it.")],
+    despite_warnings: Annotated[
+        bool,
+        typer.Option("--despite-warnings", help="Agree although an audit warns; read them first."),
+    ] = False,
     state: StateOption = None,
     wait: WaitOption = True,
     timeout_s: TimeoutOption = 600.0,
@@ -133,9 +137,10 @@ def approve(
     """Agree to a packet's dossier in a role; the last role needed offers the packet."""
     site = open_state(state)
     packet_id = site.store.packet(packet).packet_id
-    number = requests.request(site, "approve", packet_id, {"role": role})
+    arguments = {"role": role, "despite_warnings": despite_warnings}
+    number = requests.request(site, "approve", packet_id, arguments)
     result = {"packet_id": packet_id, **finish(site, number, wait, timeout_s, format)}
-    emit(result, format, lambda _: _line(site.store.packet(packet_id)))
+    emit(result, format, lambda _: _render_with_warnings(site.store.packet(packet_id)))
 
 
 def dispatch(
@@ -335,6 +340,7 @@ def _render_donated(site: Site, packet_id: str) -> str:
             f"Would leave this site, once approved and dispatched: {facts['payload_bytes']:,} bytes"
             " of tensors, sealed for the recipients alone, and signed statements about them.",
             "Does not leave: the text, its path, the model's own weights.",
+            *_warnings(facts),
         ]
     )
 
@@ -360,6 +366,28 @@ def _render_packets(rows: Sequence[PacketRow], value: dict[str, Any]) -> str:
     return "\n".join(lines) or "No packets yet."
 
 
+def _warnings(facts: Mapping[str, Any]) -> list[str]:
+    """What whoever approves must weigh, a line each."""
+    return [
+        f"warning: {gate['name']}: {words}"
+        for gate in facts.get("gates", [])
+        for words in gate.get("warnings", [])
+    ]
+
+
+def _render_with_warnings(row: PacketRow) -> str:
+    return "\n".join([_line(row), *_warnings(row.facts)])
+
+
+def _describe_scan(listed: Mapping[str, int] | None) -> str:
+    if listed is None:
+        return "scanned for patterns; the site names no list of identifiers"
+    return (
+        "scanned for patterns and with the site's list of identifiers, of which "
+        f"{listed['skipped']} cells cannot be matched"
+    )
+
+
 def _render_packet(value: dict[str, Any]) -> str:
     lines = [
         f"packet {value['packet_id']} ({value['kind'] or 'kind unknown'}) by {value['donor']}",
@@ -370,6 +398,9 @@ def _render_packet(value: dict[str, Any]) -> str:
         lines.append(f"now    {value['progress']}")
     if value["model"]:
         lines.append(f"model  {value['model']}")
+    lines += _warnings(value["facts"])
+    if "gates" in value["facts"]:
+        lines.append(f"text   {_describe_scan(value['facts'].get('identifier_list'))}")
     for screen in value["facts"].get("screens", []):
         lines.append(f"screen {screen['verdict']} at dose {screen['dose']:g}; {NO_PROOF}")
         lines += [

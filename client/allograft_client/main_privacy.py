@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import secrets
+from itertools import combinations
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,12 +13,13 @@ import typer
 
 from allograft.cli.shell import Format, FormatOption, emit
 from allograft.crypto import canonical
-from allograft.errors import RejectedError
+from allograft.errors import RejectedError, UnavailableError
 from allograft.privacy import accountant
 from allograft.privacy.dp import DpConstants
 from allograft.privacy.ledger import DEFAULT_ORDER, Account, DomainOpened
 from allograft.privacy.modes import Mode
 from allograft.privacy.plan import RELATION, SAMPLER, UNIT, PrivacyPlan
+from allograft.recipes.documents import group_persons, read_documents
 from allograft_client.budget import Budget
 from allograft_client.options import StateOption, open_state
 from allograft_client.plan import DonationPlan
@@ -179,9 +181,11 @@ def show_ledger(
     state: StateOption = None,
     format: FormatOption = Format.text,
 ) -> None:
-    """Show each domain: cap, spent, left, and what was released."""
-    ledger = Budget(open_state(state)).ledger()
+    """Show each domain: cap, spent, left, and what was released; recomputes what each run cost."""
+    budget = Budget(open_state(state))
+    ledger = budget.ledger()
     value = {
+        "without_plan": list(budget.check_plans(ledger)),
         "entries": ledger.head.count,
         "head": ledger.head.to_text(),
         "domains": [
@@ -189,6 +193,47 @@ def show_ledger(
         ],
     }
     emit(value, format, _render_ledger)
+
+
+@ledger_app.command("check-disjoint")
+def check_disjoint(
+    domains: Annotated[
+        list[str] | None, typer.Argument(help="Domains to compare; all of the ledger if none.")
+    ] = None,
+    state: StateOption = None,
+    format: FormatOption = Format.text,
+) -> None:
+    """Refuse domains that share people: on them the budgets of both would add up."""
+    budget = Budget(open_state(state))
+    ledger = budget.ledger()
+    named = sorted(set(domains or ledger.accounts))
+    for domain in named:
+        ledger.account(domain)  # refuses a name that is none
+    register = budget.population()
+    enrolled = register.enrolled_domains()
+    compared = [domain for domain in named if domain in enrolled]
+    for domain, other in combinations(compared, 2):
+        register.check_disjoint(domain, other)
+    empty = [domain for domain in named if domain not in enrolled]
+    emit({"disjoint": compared, "without_people": empty}, format, _render_disjoint)
+
+
+@ledger_app.command("find-overlap")
+def find_overlap(
+    data: Annotated[Path, typer.Option(help="Records as for donate; their people alone are read.")],
+    person_field: Annotated[
+        str, typer.Option(help="JSONL field that says whom a record is about.")
+    ] = "person",
+    state: StateOption = None,
+    format: FormatOption = Format.text,
+) -> None:
+    """Name the domains that people of a file belong to; nobody is enrolled, nothing is spent."""
+    site = open_state(state)
+    if not data.is_file():
+        raise UnavailableError("AG-STO-005", f"--data: there is no file {data}")
+    ids = group_persons(read_documents(data, person_field))
+    found = Budget(site).population().find_overlap(ids)
+    emit({"domains": list(found)}, format, _render_overlap)
 
 
 def _emit_plan(site: Site, filed: FiledPlan, format: Format) -> None:
@@ -328,7 +373,26 @@ def _render_ledger(value: dict[str, Any]) -> str:
     if not value["domains"]:
         return "No privacy domain yet: `allograft-site ledger open-domain`."
     accounts = [_render_account(account) for account in value["domains"]]
+    accounts += [f"No signed plan is here for {plan[:12]}." for plan in value["without_plan"]]
     return "\n".join([*accounts, f"{value['entries']} entries, head {value['head'].split()[1]}"])
+
+
+def _render_disjoint(value: dict[str, Any]) -> str:
+    lines = [
+        f"No person is in two of: {', '.join(value['disjoint'])}."
+        if len(value["disjoint"]) > 1
+        else "Fewer than two domains have people; there is nothing to compare."
+    ]
+    if value["without_people"]:
+        lines.append(f"Without people so far: {', '.join(value['without_people'])}.")
+    lines.append("People are told apart by their ids: two ids of one person are two people here.")
+    return "\n".join(lines)
+
+
+def _render_overlap(value: dict[str, Any]) -> str:
+    if not value["domains"]:
+        return "None of these people is in a domain."
+    return f"Some of these people belong to: {', '.join(value['domains'])}."
 
 
 def _render_account(value: dict[str, Any]) -> str:

@@ -7,14 +7,17 @@ A draft is the bare statement, for people to read and discuss; only the signed f
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from allograft.crypto.keys import VerifyKey
 from allograft.durable import durable_write
 from allograft.errors import RejectedError
 from allograft.limits import LIMITS
 from allograft.plainfile import read_plain
 from allograft.privacy.plan import PrivacyPlan, read_plan, sign_plan, verify_plan
+from allograft.privacy.scan import check_envelope
 from allograft_client.site import Site
 
 _DRAFT = ".draft.json"
@@ -58,22 +61,43 @@ def find_plan(site: Site, prefix: str) -> FiledPlan:
     if len(ids) != 1:
         raise RejectedError("AG-PRV-056", f"{len(ids)} plans begin with {prefix}")
     (plan_id,) = ids
-    signed = _directory(site) / f"{plan_id}{_SIGNED}"
-    if signed.exists():
-        content = read_plain(signed, 2 * LIMITS.privacy_plan_bytes)
-        plan = verify_plan(content, [site.key.public], site.name)
-        return _named(FiledPlan(plan, signed, True), plan_id)
+    found = read_signed(site, plan_id)
+    if found is not None:
+        return FiledPlan(found, _directory(site) / f"{plan_id}{_SIGNED}", True)
     draft = _directory(site) / f"{plan_id}{_DRAFT}"
     plan = read_plan(read_plain(draft, LIMITS.privacy_plan_bytes))
     return _named(FiledPlan(plan, draft, False), plan_id)
+
+
+def read_signed(
+    site: Site, plan_id: str, former_keys: Sequence[VerifyKey] = ()
+) -> PrivacyPlan | None:
+    """The signed plan of exactly this id; None if there is none here.
+
+    Args:
+        site: Whose.
+        plan_id: Its id.
+        former_keys: Keys the site had before. Only for looking back: a packet needs a plan that its
+            recipients can verify with the roster of today.
+
+    Raises:
+        RejectedError: AG-PRV-050 to -053 or AG-SIG-* if its file was changed.
+    """
+    path = _directory(site) / f"{plan_id}{_SIGNED}"
+    if not path.exists():
+        return None
+    content = read_plain(path, 2 * LIMITS.privacy_plan_bytes)
+    plan = verify_plan(content, [site.key.public, *former_keys], site.name)
+    return _named(FiledPlan(plan, path, True), plan_id).plan
 
 
 def sign_draft(site: Site, prefix: str) -> FiledPlan:
     """Sign a draft; one that is signed already is returned as it is.
 
     Raises:
-        RejectedError: As `find_plan`; AG-PRV-052 for another site's draft.
-        UnavailableError: AG-STO-001 if the disk is full.
+        RejectedError: As `find_plan`; AG-PRV-052 for another site's draft, AG-PRV-021 if its text
+            looks like an identifier; as `Site.matchers` for the identifier list.
+        UnavailableError: AG-STO-001 if the disk is full, AG-STO-005 as `Site.matchers`.
     """
     found = find_plan(site, prefix)
     if found.is_signed:
@@ -81,7 +105,10 @@ def sign_draft(site: Site, prefix: str) -> FiledPlan:
     if found.plan.donor != site.name:
         raise RejectedError("AG-PRV-052", "the plan is another site's")
     path = _directory(site) / f"{found.plan.plan_id}{_SIGNED}"
-    durable_write(path, sign_plan(found.plan, site.key))
+    signed = sign_plan(found.plan, site.key)
+    # It travels with the packet. Later would be too late: the plan's run is paid for by then.
+    check_envelope(signed, "the privacy plan", site.matchers)
+    durable_write(path, signed)
     return FiledPlan(found.plan, path, True)
 
 

@@ -24,12 +24,15 @@ from allograft.privacy.accountant import describe_accountant, epsilon_of
 from allograft.privacy.canaries import CanaryPlan, PersonSplit
 from allograft.privacy.claim import PrivacyClaim
 from allograft.privacy.dossier import GateResult, PayloadPart, read_gate
+from allograft.privacy.gates import holds_text
 from allograft.privacy.ledger import Account, Committed, NonprivateRelease, Outcome, charge_for
 from allograft.privacy.modes import Mode
+from allograft.privacy.overlap import Document as Passage, index_corpus
 from allograft.privacy.people import draw_people
 from allograft.privacy.plan import PrivacyPlan
 from allograft.privacy.policy import Policy
 from allograft.privacy.report import Exposed, FullReport, Point, read_report
+from allograft.privacy.scan import Matcher
 from allograft.privacy.thresholds import AuditThresholds
 from allograft.recipes.documents import group_persons, read_documents
 from allograft_client.budget import Budget
@@ -178,6 +181,19 @@ class ProtectedRun:
             tuple(replace(gate, cost_ms=0) for gate in gates),
             read_report(path),
         )
+
+    def corpus_matchers(self) -> tuple[Matcher, ...]:
+        """What finds passages of these people's records in a text part of the payload.
+
+        No kind of packet has text parts yet, so nothing is indexed for the present ones. The
+        index is made under a key of its own and is never written.
+        """
+        if not holds_text(self._donation.kind):
+            return ()
+        records = read_documents(self._donation.data, self._donation.person_field)
+        documents = (Passage(record.person, record.text) for record in records)
+        key = secrets.token_bytes(32)
+        return (index_corpus(documents, self._public_texts(), key, self._directory),)
 
     def claim_for_audit(self) -> DpClaim | None:
         """What the run promises about each person; None without differential privacy."""

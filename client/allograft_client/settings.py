@@ -35,6 +35,8 @@ class Settings(BaseModel):
     courier_uids: tuple[int, ...] = ()
     #: Port of the SuperNode's runtime API on 127.0.0.1; 0 takes a free one.
     runtime_port: int = Field(default=0, ge=0, le=65535)
+    #: The site's own list of identifiers, text or CSV; a relative path is in the state directory.
+    identifiers: str = Field(default="", max_length=4096)
     #: "auto" takes CUDA where a driver answers.
     device: str = Field(default="auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$")
     #: Most documents of each kind that a trial measures; more take longer and change little.
@@ -77,6 +79,10 @@ class Home:
     def database(self) -> Path:
         """`site.db`."""
         return self.root / "site.db"
+
+    def identifier_list(self, settings: Settings) -> Path | None:
+        """The site's list of identifiers; None if its operator named none."""
+        return self.root / settings.identifiers if settings.identifiers else None
 
     @property
     def courier_socket(self) -> Path:

@@ -16,11 +16,13 @@ from pathlib import Path
 from allograft.crypto import keystore
 from allograft.crypto.keys import SealingKey, SigningKey
 from allograft.log.event import Event, EventName, sign_event
+from allograft.privacy.identifiers import IdentifierMatcher
 from allograft.privacy.policy import Policy, read_policy
-from allograft.privacy.scan import check_envelope
+from allograft.privacy.scan import Matcher, check_envelope
 from allograft.privacy.signed_policy import check_signed
 from allograft.provenance.ancestry import Ancestor, read_ancestors
 from allograft.provenance.statement import BaseModel, read_base
+from allograft_client.identifiers import open_list
 from allograft_client.inbox import Inbox
 from allograft_client.outbox import Outbox
 from allograft_client.policy_desk import read_signature
@@ -29,6 +31,9 @@ from allograft_client.runner import Runner
 from allograft_client.settings import Home, Settings
 from allograft_client.store import Store
 from allograft_client.trust import Trust
+
+#: Events about documents that consist of ids, digests, names of parties, codes and numbers.
+_WITHOUT_TEXT = frozenset({"receipt", "withdrawal"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +66,27 @@ class Site:
         """
         return read_policy(self.home.policy_file)
 
+    @property
+    def identifier_list(self) -> IdentifierMatcher | None:
+        """The site's own list of identifiers; None if its operator named none.
+
+        Raises:
+            RejectedError: AG-PRV-070 or -071 if it cannot be used.
+            UnavailableError: AG-STO-005 if it is not there. Nothing is scanned, so nothing leaves.
+        """
+        path = self.home.identifier_list(self.settings)
+        if path is None:
+            return None
+        roster = self.trust.latest_roster()
+        names = {self.name, self.trust.coordinator, *roster.sites, *roster.revoked}
+        return open_list(path).excusing(names | {f"urn:allograft:site:{self.name}"})
+
+    @property
+    def matchers(self) -> tuple[Matcher, ...]:
+        """What every text that leaves is compared with, beyond patterns; raises as the list."""
+        listed = self.identifier_list
+        return () if listed is None else (listed,)
+
     def check_signed_policy(self, mode: str, policy: Policy) -> None:
         """Refuse a mode whose policy is not the one that was signed.
 
@@ -90,9 +116,12 @@ class Site:
 
         Raises:
             RejectedError: AG-PRV-021 if a string of the document looks like an identifier: what is
-                logged can never be taken back.
+                logged can never be taken back. As `matchers` for the identifier list.
+            UnavailableError: As `matchers`.
         """
-        check_envelope(document, stem)
+        # Receipts and withdrawals have no field for text, and a list that is missing must neither
+        # keep a recalled packet attached nor stop a donor from taking one back.
+        check_envelope(document, stem, () if name in _WITHOUT_TEXT else self.matchers)
         event = Event(
             event=name,
             actor=self.name,

@@ -21,6 +21,11 @@ from allograft.errors import UnavailableError
 
 _LOCK = "daemon.lock"
 _ASKING_S = 1.0  # longer than anyone takes to ask whether a directory is locked
+_POLL_S = 0.05
+
+#: How long a daemon waits at its start for a command that works in its state directory. Commands
+#: of the light lane take a second or two; one that trains is not waited for.
+DAEMON_WAIT_S = 10.0
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
 
 
@@ -92,23 +97,26 @@ def durable_write(path: Path, content: bytes, mode: int = 0o600) -> None:
         handle.write(content)
 
 
-def lock_directory(path: Path) -> Callable[[], None]:
+def lock_directory(path: Path, wait_s: float = _ASKING_S) -> Callable[[], None]:
     """Take the exclusive lock of a state directory for the life of this process.
+
+    Args:
+        path: The directory.
+        wait_s: How long to wait for another process that holds it (s).
 
     Returns:
         A function that releases the lock.
 
     Raises:
-        UnavailableError: AG-STO-002 when another process holds it.
+        UnavailableError: AG-STO-002 when another process still holds it after that time.
     """
     descriptor = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o600)
-    end_s = time.monotonic() + _ASKING_S
+    end_s = time.monotonic() + wait_s
     while not _try_lock(descriptor, fcntl.LOCK_EX):
-        # Who only asks has it for an instant.
         if time.monotonic() >= end_s:
             os.close(descriptor)
             raise UnavailableError("AG-STO-002", f"{path} is locked by another process")
-        time.sleep(_ASKING_S / 20)
+        time.sleep(_POLL_S)
     return lambda: os.close(descriptor)
 
 

@@ -69,8 +69,9 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
             "Free space on that volume; a daemon then goes on by itself, a command is run again.",
         ),
         "AG-STO-002": ErrorCode(
-            "another daemon already uses this state directory",
-            "Stop the other daemon or give this one its own --state directory.",
+            "another process already uses this state directory",
+            "Stop the other daemon, or wait for the command that works there; two daemons need two "
+            "--state directories.",
         ),
         "AG-STO-003": ErrorCode(
             "the state directory is missing or incomplete",
@@ -671,6 +672,11 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
             "Train on the trusted base instead; or every parent's licence must permit redonation "
             "and the mode be strict with epsilon at most donate.redonate_epsilon.",
         ),
+        "AG-PRV-016": ErrorCode(
+            "the policy demands the site's identifier list, and the text was scanned without one",
+            "Export names and numbers from the patient index to a file, name it as `identifiers` "
+            "in site.toml, restart the daemon and build the packet again.",
+        ),
         "AG-PRV-020": ErrorCode(
             "a release gate is missing, failed or could not be judged",
             "Read the gate's reason with `allograft-site packet show`; nothing has left the site.",
@@ -695,6 +701,10 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
             "the dossier asks for no approval by this role",
             "Approve in a role that the cause lists; donate.approvals in policy.toml named them "
             "when the packet was built.",
+        ),
+        "AG-PRV-034": ErrorCode(
+            "an audit passed with warnings, which an approving role must weigh",
+            "Read the dossier; who agrees all the same approves again with --despite-warnings.",
         ),
         "AG-PRV-040": ErrorCode(
             "the payload holds something that its kind and base do not allow",

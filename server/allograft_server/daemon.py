@@ -20,7 +20,7 @@ from types import FrameType
 import structlog
 
 from allograft.crypto import keystore
-from allograft.durable import lock_directory
+from allograft.durable import DAEMON_WAIT_S, lock_directory
 from allograft.errors import AllograftError
 from allograft.log.store import LogStore
 from allograft.relay.item import Item
@@ -151,12 +151,12 @@ class Daemon:
         """Run until stopped.
 
         Raises:
-            UnavailableError: AG-STO-002 if another daemon uses the directory, AG-STO-003 if there
-                is no coordinator in it.
+            UnavailableError: AG-STO-002 if another process uses the directory for longer than
+                `DAEMON_WAIT_S`, AG-STO-003 if there is no coordinator in it.
             RejectedError: AG-CRD-001, AG-KEY-*, AG-LOG-012.
         """
         read_settings(self._state)
-        release = lock_directory(self._state.root)
+        release = lock_directory(self._state.root, DAEMON_WAIT_S)
         try:
             coordinator = Coordinator(self._state)
             try:

@@ -115,7 +115,7 @@ def test_logged_documents_pass_the_scan_before_they_are_logged() -> None:
         )
 
     class Named:
-        name, key = "a", KEY
+        name, key, matchers = "a", KEY, ()
 
         def now(self) -> datetime:
             return NOW
@@ -127,6 +127,10 @@ def test_logged_documents_pass_the_scan_before_they_are_logged() -> None:
     good = offer.sign_offer(OFFER, KEY)
     files = site_module.Site.logged(Named(), "offer", "offer", good, {"packet_id": HEX})
     assert set(files) == {"offer.json", "offer.event.json"}
+    Named.matchers = (IdentifierMatcher(parse_identifiers(b"Kidney\n")),)
+    titled = offer.sign_offer(dataclasses.replace(OFFER, domain="Mr Kidney"), KEY)
+    with pytest.raises(RejectedError, match="listed-name"):
+        site_module.Site.logged(Named(), "offer", "offer", titled, {"packet_id": HEX})
 
 
 @pytest.mark.parametrize("name", ["actor", "packet_id", "dispatch_id", "outcome", "document_name",

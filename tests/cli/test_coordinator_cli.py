@@ -19,8 +19,11 @@ from allograft.cli import shell
 from allograft.durable import lock_directory
 from allograft.errors import UnavailableError
 from allograft.roster.enrolment import fingerprint, verify_coordinator_request
+from allograft_server.daemon import Daemon
 from allograft_server.main import app
+from allograft_server.settings import State
 from kit.coordination import Coordination
+from kit.waiting import Clock, wait_by
 
 ADDRESS = "127.0.0.1:19091"
 
@@ -143,7 +146,18 @@ def test_a_key_that_others_can_read_is_refused(state: Path, run: Any) -> None:
     assert "AG-KEY-004" in err
 
 
-def test_a_second_daemon_on_the_same_state_is_refused(state: Path, run: Any) -> None:
+def test_a_daemon_waits_for_a_command_on_the_same_state(state: Path, monkeypatch: Any) -> None:
+    began = []
+    wait_by(Clock(at_s=5.0, then=lock_directory(state)), monkeypatch)
+    monkeypatch.setattr(Daemon, "_run", lambda _daemon, coordinator: began.append(coordinator))
+    Daemon(State(state)).run()
+    assert len(began) == 1
+
+
+def test_a_second_daemon_on_the_same_state_is_refused(
+    state: Path, run: Any, monkeypatch: Any
+) -> None:
+    wait_by(Clock(), monkeypatch)
     release = lock_directory(state)
     try:
         status, _, err = run("serve", "--state", state)

@@ -3,12 +3,23 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 
+from allograft.crypto import keystore
+from allograft.crypto.keys import SigningKey
 from allograft.errors import RejectedError
-from allograft.privacy.accountant import DpEvent, epsilon_by_rdp
-from allograft.privacy.ledger import Committed, NonprivateRelease, Outcome, charge_for
+from allograft.privacy.accountant import ORDERS, DpEvent, epsilon_by_rdp
+from allograft.privacy.ledger import (
+    Committed,
+    DomainOpened,
+    NonprivateRelease,
+    Outcome,
+    Reserved,
+    charge_for,
+    reserve_for,
+)
 from allograft.privacy.report import Exposed, FullReport
 from allograft.provenance.statement import Architecture, BaseModel, write_base
 from allograft_client import main_privacy
@@ -226,3 +237,140 @@ def test_names_the_people_whom_a_packet_knows_best(state, capsys) -> None:
     assert told["people"][0] == {"person": "patient-7", "saved": 1.25, "extractable": 3}
     path.write_bytes(report.to_bytes() + b"}")
     assert refusal(capsys, "packet", "people", packet_id, "--state", state) == (1, "AG-PRV-030")
+
+
+def enrol(state, domain, ids):
+    Budget(open_state(state)).population().enrol_people(domain, ids)
+
+
+def open_domains(capsys, state, *names):
+    for name in names:
+        command = ("ledger", "open-domain", name, "--declared-by", "data-owner")
+        run_site_json(capsys, *command, "--state", state)
+
+
+def test_domains_that_share_people_are_refused(state, capsys) -> None:
+    open_domains(capsys, state, "cardiology", "oncology", "surgery")
+    enrol(state, "cardiology", ["a", "b"])
+    enrol(state, "oncology", ["c"])
+    check = ("ledger", "check-disjoint")
+    found = run_site_json(capsys, *check, "--state", state)
+    assert found == {"disjoint": ["cardiology", "oncology"], "without_people": ["surgery"]}
+    chosen = run_site_json(capsys, *check, "oncology", "surgery", "--state", state)
+    assert chosen == {"disjoint": ["oncology"], "without_people": ["surgery"]}
+    assert refusal(capsys, *check, "oncology", "unknown", "--state", state) == (1, "AG-PRV-062")
+    # Enrolment refuses it, so it is written as a damaged or older program would have.
+    register = Budget(open_state(state)).population()
+    shared = register._write("surgery", register._digests(["b", "z"]))
+    (state / "privacy" / "population" / "surgery.people").write_bytes(shared)
+    assert refusal(capsys, *check, "--state", state) == (1, "AG-PRV-066")
+    assert run_site_json(capsys, *check, "cardiology", "oncology", "--state", state)["disjoint"]
+
+
+def test_people_of_a_file_are_found_in_their_domains_and_not_enrolled(state, capsys) -> None:
+    open_domains(capsys, state, "cardiology", "oncology")
+    enrol(state, "cardiology", ["a", "b"])
+    data = state / "records.jsonl"
+    data.write_text('{"who": "b", "text": "x"}\n{"who": "new", "text": "y"}\n', "utf-8")
+    command = ("ledger", "find-overlap", "--data", data, "--person-field", "who")
+    for _ in range(2):
+        assert run_site_json(capsys, *command, "--state", state) == {"domains": ["cardiology"]}
+    status, out, _ = run_site(capsys, *command, "--state", state)
+    assert (status, out) == (0, "Some of these people belong to: cardiology.\n")
+    data.write_text('{"who": "new", "text": "y"}\n', "utf-8")
+    assert run_site_json(capsys, *command, "--state", state) == {"domains": []}
+    assert refusal(capsys, *command[:4], "--state", state) == (1, "AG-PRV-081")
+    missing = ("ledger", "find-overlap", "--data", state / "absent.jsonl")
+    assert refusal(capsys, *missing, "--state", state) == (3, "AG-STO-005")
+
+
+def diagnose(capsys, state):
+    _, out, _ = run_site(capsys, "doctor", "--state", state, "--format", "json")
+    (found,) = [f for f in json.loads(out)["findings"] if f["check"] == "ledger"]
+    return found["level"], found["code"]
+
+
+def sign_plan(capsys, state):
+    plan_id = draft(capsys, state)["plan_id"]
+    run_site_json(capsys, "plan", "sign", plan_id, "--state", state)
+    return find_plan(open_state(state), plan_id).plan
+
+
+def test_doctor_recomputes_what_the_ledger_says(state, capsys) -> None:
+    assert diagnose(capsys, state) == ("ok", "")
+    open_cardiology(capsys, state)
+    plan = sign_plan(capsys, state)
+    Budget(open_state(state)).reserve(charge_for(plan))
+    assert diagnose(capsys, state) == ("ok", "")
+    (state / "plans" / f"{plan.plan_id}.json").unlink()
+    assert diagnose(capsys, state) == ("warning", "AG-PRV-056")
+    assert run_site_json(capsys, "ledger", "show", "--state", state)["without_plan"]
+
+
+def write_entry(state, reserved) -> None:
+    """An entry as altered software of the site would have signed it."""
+    budget = Budget(open_state(state))
+    budget._file._record(reserved, budget.site.now(), budget._known())
+
+
+def test_a_charge_that_states_too_little_stops_the_ledger(state, capsys) -> None:
+    open_cardiology(capsys, state)
+    charge = charge_for(sign_plan(capsys, state))
+    write_entry(state, Reserved(charge, (0.0,) * len(ORDERS)))
+    assert diagnose(capsys, state) == ("error", "AG-PRV-060")
+    assert refusal(capsys, "ledger", "show", "--state", state) == (1, "AG-PRV-060")
+    with pytest.raises(RejectedError, match="AG-PRV-060"):
+        Budget(open_state(state)).ledger()
+
+
+def test_a_charge_for_less_than_its_signed_plan_is_told(state, capsys) -> None:
+    open_cardiology(capsys, state)
+    charge = charge_for(sign_plan(capsys, state))
+    write_entry(state, reserve_for(replace(charge, event=replace(charge.event, steps=1))))
+    assert diagnose(capsys, state) == ("error", "AG-PRV-060")
+    assert refusal(capsys, "ledger", "show", "--state", state) == (1, "AG-PRV-060")
+
+
+def rotate(state) -> None:
+    """Another signing key, as the keeper enrols it with `--replace`."""
+    (state / "keys" / "signing.pem").unlink()
+    keystore.write_signing_key(state / "keys" / "signing.pem", SigningKey.generate())
+
+
+def test_the_ledger_goes_on_after_the_site_got_another_key(state, capsys) -> None:
+    open_cardiology(capsys, state)
+    plan = sign_plan(capsys, state)
+    Budget(open_state(state)).reserve(charge_for(plan))
+    for _ in range(2):
+        rotate(state)
+        before = Budget(open_state(state)).ledger()
+        assert before.reservation(plan.plan_id) is not None
+        assert diagnose(capsys, state) == ("ok", "")
+        another = sign_plan(capsys, state)
+        Budget(open_state(state)).reserve(charge_for(another))
+        assert Budget(open_state(state)).ledger().head.count == before.head.count + 1
+    assert run_site_json(capsys, "ledger", "show", "--state", state)["without_plan"] == []
+    keys = keystore.read_verify_keys(state / "keys" / "signing.public")
+    assert len(keys) == 3
+
+
+@pytest.mark.parametrize("damage", ["lost", "stranger"])
+def test_entries_of_a_key_that_the_site_never_had_are_refused(state, capsys, damage) -> None:
+    open_cardiology(capsys, state)
+    rotate(state)
+    known = state / "keys" / "signing.public"
+    known.unlink()
+    if damage == "stranger":
+        keystore.add_verify_key(known, SigningKey.generate().public)
+    assert refusal(capsys, "ledger", "show", "--state", state) == (1, "AG-PRV-060")
+
+
+def test_a_key_is_kept_before_it_signs(state, capsys, monkeypatch) -> None:
+    def killed(*_arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("allograft.privacy.ledger_file.durable_write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            Budget(open_state(state)).open_domain(DomainOpened("x", 8.0, 1e-6, 4, "data-owner"))
+    assert len(keystore.read_verify_keys(state / "keys" / "signing.public")) == 1

@@ -26,6 +26,7 @@ from allograft_client.settings import Home
 from allograft_client.store import Store
 from kit.consortium import POLICY, SHAPE, ScriptedRunner, write_model
 from kit.founding import Founded, run_site, run_site_json
+from kit.waiting import Clock, wait_by
 
 PACKET = "0123456789abcdef0123456789abcdef"
 
@@ -261,6 +262,28 @@ def test_doctor_names_each_finding_with_its_fix(joined, capsys):
     assert all(finding["fix"] for finding in findings.values() if finding["level"] != "ok")
 
 
+def test_doctor_says_whether_a_list_of_identifiers_is_set(joined, capsys):
+    def found():
+        _, out, _ = run_site(capsys, "doctor", "--state", joined, "--format", "json")
+        (one,) = [f for f in json.loads(out)["findings"] if f["check"] == "identifiers"]
+        return one["level"], one["code"], one["detail"]
+
+    assert found() == ("ok", "", "no list is set; text that leaves is scanned for patterns alone")
+    measured = POLICY.replace('modes = ["open"]', 'modes = ["open", "measured"]', 1)
+    (joined / "policy.toml").write_text(measured)
+    assert found()[:2] == ("error", "AG-PRV-016")
+    settings, path = joined / "site.toml", joined / "patients.csv"
+    settings.write_text(f'identifiers = "patients.csv"\n{settings.read_text()}')
+    assert found()[:2] == ("error", "AG-STO-005")
+    path.write_text("name,birth date\nZoltan Bergmann,1962-04-17\n")
+    path.chmod(0o600)
+    assert found() == ("ok", "", "a list is set; 1 cells of it cannot be matched")
+    path.chmod(0o644)
+    assert found()[0] == "warning"
+    path.write_bytes(b"\xff")
+    assert found()[:2] == ("error", "AG-PRV-070")
+
+
 def test_progress_is_told_as_the_present_only_while_somebody_works(joined, capsys):
     store = Store(joined / "site.db")
     add_received(store, "training", "planned; its training is queued", role="donor")
@@ -404,6 +427,22 @@ def test_a_request_waits_for_a_daemon_that_holds_the_state(joined, tmp_path, cap
     assert scripted.tasks == []
 
 
+def test_a_daemon_waits_for_a_command_on_the_same_state(joined, monkeypatch):
+    began = []
+    wait_by(Clock(at_s=5.0, then=lock_directory(joined)), monkeypatch)
+    monkeypatch.setattr(Daemon, "_run_locked", lambda _daemon: began.append(True))
+    Daemon(Home(joined)).run()
+    assert len(began) == 1
+
+
+def test_a_second_daemon_on_the_same_state_is_refused(joined, monkeypatch):
+    wait_by(Clock(), monkeypatch)
+    release = lock_directory(joined)
+    with pytest.raises(UnavailableError, match="AG-STO-002"):
+        Daemon(Home(joined)).run()
+    release()
+
+
 def test_every_request_names_its_packet_even_if_only_queued(joined, capsys):
     site = site_module.open_site(Home(joined))
     packet_id = "ab" * 16
@@ -422,13 +461,6 @@ def test_every_request_names_its_packet_even_if_only_queued(joined, capsys):
     ):
         queued = run_site_json(capsys, *command, "--no-wait", "--state", joined)
         assert (queued["packet_id"], queued["state"]) == (packet_id, "queued"), command
-
-
-def test_a_second_daemon_on_the_same_state_is_refused(joined):
-    release = lock_directory(joined)
-    with pytest.raises(UnavailableError, match="AG-STO-002"):
-        Daemon(Home(joined)).run()
-    release()
 
 
 def test_a_daemon_without_its_sealing_key_does_not_start(joined):

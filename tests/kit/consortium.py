@@ -92,6 +92,7 @@ class ScriptedRunner:
     tasks: list = field(default_factory=list)
     errors: dict = field(default_factory=dict)
     verdicts: dict = field(default_factory=dict)
+    figures: dict = field(default_factory=dict)
     alarms: tuple = ()
 
     def run(self, name, task, progress):
@@ -113,7 +114,8 @@ class ScriptedRunner:
         return {"files": ["organ.safetensors"], "facts": facts.to_json(), "report": report}
 
     def _audit(self, task):
-        gates = [GateResult(name, "1", self.verdicts.get(name, GateVerdict.PASS))
+        gates = [GateResult(name, "1", self.verdicts.get(name, GateVerdict.PASS),
+                            self.figures.get(name, ()))
                  for name in ("G3", "G4", "G5", "G7")]  # fmt: skip
         return {
             "gates": [write_gate(gate) for gate in gates],
@@ -237,6 +239,7 @@ class Member:
         if policy is not None:
             self.home.policy_file.write_text(policy)
         self.runner = ScriptedRunner()
+        self.identifiers = ""  # as in site.toml
         self.site: Site | None = None
 
     def record(self, now) -> SiteRecord:
@@ -258,7 +261,7 @@ class Member:
         trust = Belief(roster, self.name)
         self.site = Site(
             home=self.home,
-            settings=Settings(site=self.name, reserve_bytes=0),
+            settings=Settings(site=self.name, reserve_bytes=0, identifiers=self.identifiers),
             store=store,
             key=self.keys["signing"],
             trust=trust,

@@ -56,7 +56,8 @@ MEASURED = replace(STRICT, constants=None, epsilon=None, epsilon_domain=None, no
 
 
 def passed(name: str) -> GateResult:
-    return GateResult(name, "1", GateVerdict.PASS, (("files", 1.0),), 3)
+    figure = "identifier-list" if name == "G2" else "files"
+    return GateResult(name, "1", GateVerdict.PASS, ((figure, 1.0),), 3)
 
 
 @dataclass

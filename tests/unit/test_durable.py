@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from allograft.durable import is_directory_locked, lock_directory
+from allograft.durable import DAEMON_WAIT_S, is_directory_locked, lock_directory
 from allograft.errors import UnavailableError
+from kit.waiting import Clock, wait_by
 
 
 def ask_slowly(path: Path) -> Callable[[], None]:
@@ -30,6 +31,16 @@ def test_a_directory_is_held_by_one_process_until_it_lets_go(tmp_path: Path) -> 
     release()
     assert not is_directory_locked(tmp_path)
     lock_directory(tmp_path)()
+
+
+def test_a_daemon_waits_for_a_command_and_not_for_ever(tmp_path: Path, monkeypatch) -> None:
+    command = lock_directory(tmp_path)
+    wait_by(clock := Clock(at_s=8.0, then=command), monkeypatch)
+    release = lock_directory(tmp_path, DAEMON_WAIT_S)
+    assert 8.0 <= clock.now_s < DAEMON_WAIT_S
+    with pytest.raises(UnavailableError, match="AG-STO-002"):
+        lock_directory(tmp_path, DAEMON_WAIT_S)
+    release()
 
 
 def test_asking_leaves_nothing_behind(tmp_path: Path) -> None:

@@ -115,3 +115,24 @@ def test_refuses_a_ca_key_of_another_ca():
     with pytest.raises(RejectedError) as caught:
         tls.make_server_certificate(mixed, ("a",), NOW)
     assert caught.value.code == "AG-KEY-001"
+
+
+def test_public_keys_are_added_once_and_in_order(tmp_path):
+    path, keys = tmp_path / "known", [SigningKey.generate().public for _ in range(3)]
+    assert keystore.read_verify_keys(path) == ()
+    for key in (*keys, keys[0]):
+        keystore.add_verify_key(path, key)
+    assert [key.key_id for key in keystore.read_verify_keys(path)] == [key.key_id for key in keys]
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+@pytest.mark.parametrize("damage", [b"x", b"-----END PUBLIC KEY-----\n", b"\xff"])
+def test_refuses_a_damaged_file_of_public_keys(tmp_path, damage):
+    path = tmp_path / "known"
+    keystore.add_verify_key(path, SigningKey.generate().public)
+    path.write_bytes(path.read_bytes() + damage)
+    with pytest.raises(RejectedError, match="AG-KEY-001"):
+        keystore.read_verify_keys(path)
+    path.chmod(0o644)
+    with pytest.raises(RejectedError, match="AG-KEY-004"):
+        keystore.read_verify_keys(path)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from allograft.errors import RejectedError
-from allograft.privacy.dossier import GateResult, GateVerdict
+from allograft.privacy.dossier import GateResult, GateVerdict, warnings_of
 from allograft.privacy.dp import DpConstants
 from allograft.privacy.gates import check_results
 from allograft.privacy.memorisation import (
@@ -21,7 +21,6 @@ from allograft.privacy.memorisation import (
     judge_membership,
     judge_plan,
     judge_population,
-    warnings_of,
 )
 from allograft.privacy.thresholds import AuditThresholds
 

@@ -27,14 +27,13 @@ from allograft.evaluate.memory import (
 )
 from allograft.privacy.audit import log_queries
 from allograft.privacy.canaries import CanaryPlan, CanaryRecord, make_canaries, split_persons
-from allograft.privacy.dossier import GateVerdict
+from allograft.privacy.dossier import GateVerdict, warnings_of
 from allograft.privacy.memorisation import (
     DpClaim,
     MembershipEvidence,
     judge_canaries,
     judge_extraction,
     judge_membership,
-    warnings_of,
 )
 from allograft.privacy.thresholds import AuditThresholds
 from allograft.recipes.documents import Document

@@ -148,3 +148,15 @@ def test_a_malformed_report_is_refused(content: bytes) -> None:
     with pytest.raises(RejectedError) as refused:
         FullReport.from_bytes(content)
     assert refused.value.code == "AG-PRV-030"
+
+
+def test_warnings_of_the_audits_are_told_in_words_everywhere() -> None:
+    shown = evidence("measured")
+    warned = replace(passed("G5"), figures=(("tpr", 0.05), ("warn.<b>", 1.0), ("warn.tpr", 0.05)))
+    gates = tuple(warned if gate.name == "G5" else gate for gate in shown.dossier.gates)
+    shown = replace(shown, dossier=replace(shown.dossier, gates=gates))
+    words = "more people than usual are recognised"
+    assert f"Warning: {words}" in render_page(shown)
+    assert "warn.<b>" not in render_page(shown)
+    assert any(line.startswith(f"Warning, G5: {words}") for line in describe(shown))
+    assert any(words in text for text in to_json(shown)["warnings"])

@@ -66,6 +66,7 @@ STEPS = {
     "audit.max_delta": ("1e-6", "1e-5"),
     "audit.canaries": ("1000", "200"),
     "audit.measured_approvals": ("3", "2"),
+    "audit.identifier_list": ("['measured']", "[]"),
 }
 
 

@@ -3,141 +3,47 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import replace
-from datetime import UTC, datetime
 
 import pytest
 
 from allograft.crypto import canonical, dsse
-from allograft.errors import CODES, RejectedError, UnavailableError
+from allograft.errors import RejectedError, UnavailableError
 from allograft.packet import container
-from allograft.privacy.dossier import GateVerdict, verify_dossier
-from allograft.privacy.dp import DpConstants
+from allograft.privacy.dossier import GateVerdict
 from allograft.privacy.ledger import DomainOpened, Outcome
-from allograft.privacy.modes import Mode
-from allograft.privacy.plan import PrivacyPlan
 from allograft.privacy.report import FullReport
-from allograft.privacy.signed_policy import sign_policy
-from allograft_client import dispatcher, donor, protected
+from allograft_client import dispatcher, donor, main_packet, protected
 from allograft_client.budget import Budget
-from allograft_client.plan_files import file_draft, sign_draft
-from allograft_client.site import model_base
-from kit.consortium import POLICY, Consortium
-
-A, B = "hospital-a", "hospital-b"
-CONSTANTS = DpConstants(0.01, 2.0, 300, 1.0, 10.0, 1e-6, 4)
-STRICT = (
-    POLICY.replace('modes = ["open"]', 'modes = ["open", "strict", "measured"]').replace(
-        "approvals = []", 'approvals = ["officer", "steward"]'
-    )
-    + "\n[audit]\nmin_population = 20\nmin_population_dp = 20\n"
+from kit.consortium import Consortium
+from kit.donations import (
+    CONSTANTS,
+    NAMED,
+    PEOPLE,
+    STRICT,
+    A,
+    B,
+    account,
+    donate,
+    donation_of,
+    dossier_of,
+    open_private,
+    people,
+    planned,
+    public_text,
+    refusal,
+    send,
+    sign,
+    state,
 )
-NAMED = STRICT.replace('recipients = ["*"]', 'recipients = ["hospital-b"]')
-PEOPLE = 900  # about 270 are held out; audits want 200 on each side
 
 
 @pytest.fixture
 def two(tmp_path):
-    consortium = Consortium(tmp_path, hospital_a=NAMED, hospital_b=STRICT)
-    sign(consortium[A])
-    retention = consortium[A].site.store.model("base").retention
-    retention.write_text("\n\n".join(public_text(number) for number in range(40)), "utf-8")
-    Budget(consortium[A].site).open_domain(DomainOpened("wards", 8.0, 1e-6, 4, "officer"))
+    consortium = open_private(tmp_path)
     yield consortium
     consortium.close()
-
-
-def public_text(number: int) -> str:
-    words = [f"word{(number * 31 + place * 7) % 211}" for place in range(40)]
-    return ". ".join(" ".join(words[start : start + 8]) for start in range(0, 40, 8)) + "."
-
-
-def sign(member) -> None:
-    content = member.home.policy_file.read_bytes()
-    now = canonical.format_time(datetime.now(UTC).replace(microsecond=0))
-    signed = sign_policy(content, "officer", now, member.keys["signing"], None)
-    member.home.policy_signature.write_bytes(signed)
-
-
-def write_records(member, ids, name="records.jsonl"):
-    path = member.home.path(name)
-    lines = [json.dumps({"person": who, "text": f"a note about {who}"}) for who in ids]
-    path.write_text("\n".join(lines), "utf-8")
-    return path
-
-
-def people(count=PEOPLE, prefix="p"):
-    return [f"{prefix}{number}" for number in range(count)]
-
-
-def planned(member, mode="strict", signed=True, **changes) -> PrivacyPlan:
-    """A plan for the default donation of a member."""
-    site = member.site
-    constants = changes.get("constants", CONSTANTS) if mode == "strict" else None
-    steps = CONSTANTS.steps
-    donation = replace(
-        member.plan(), mode=mode, nature="", declared_by="", steps=steps, private=constants
-    )
-    fields = {
-        "plan_id": hashlib.sha256(str(changes).encode() + mode.encode()).hexdigest()[:32],
-        "donor": site.name,
-        "mode": Mode(mode),
-        "domain": "wards",
-        "kind": "organ",
-        "base_digest": model_base(site.store.model("base")).weights_digest,
-        "constants": constants,
-        "training": donation.planned_json(),
-        "purpose": "evaluation",
-        "created": "2026-11-27T08:00:00Z",
-    }
-    plan = PrivacyPlan(**(fields | changes))
-    file_draft(site, plan)
-    if signed:
-        sign_draft(site, plan.plan_id)
-    return plan
-
-
-def donation_of(member, plan, ids=None, **changes):
-    data = write_records(member, people() if ids is None else ids)
-    asked = replace(member.plan(), nature="", declared_by="", data=data).under(plan)
-    return replace(asked, **changes)
-
-
-def donate(two, plan, ids=None, **changes) -> str:
-    packet_id, _ = donor.plan_donation(two[A].site, donation_of(two[A], plan, ids, **changes))
-    two.step()
-    return packet_id
-
-
-def state(two, name, packet_id):
-    row = two[name].site.store.packet(packet_id)
-    return row.state, row.code
-
-
-def account(two):
-    return Budget(two[A].site).ledger().account("wards")
-
-
-def dossier_of(two, packet_id):
-    envelope = two[A].site.packet_path(packet_id, "dossier.json").read_bytes()
-    return verify_dossier(envelope, [two[A].keys["signing"].public])
-
-
-def refusal(call, *arguments) -> str:
-    with pytest.raises(RejectedError) as refused:
-        call(*arguments)
-    assert refused.value.code in CODES
-    return refused.value.code
-
-
-def send(two, packet_id) -> None:
-    for role in ("officer", "steward"):
-        dispatcher.approve_packet(two[A].site, packet_id, role)
-        two.step()
-    dispatcher.queue_dispatch(two[A].site, packet_id, [B])
-    two.step()
 
 
 class TestStrict:
@@ -217,6 +123,26 @@ class TestMeasured:
         claim = dossier_of(two, donate(two, planned(two[A]))).privacy
         assert claim.epsilon is not None
         assert claim.epsilon_domain is None
+
+    def test_whoever_approves_is_shown_the_warnings_of_the_audits(self, two) -> None:
+        two[A].runner.figures = {"G5": (("tpr", 0.05), ("warn.tpr", 0.05))}
+        site, packet_id = two[A].site, donate(two, planned(two[A], "measured"))
+        words = "G5: more people than usual are recognised at the false-positive rate of the audit"
+        shown = main_packet._render_packet(
+            main_packet.describe_packet(site, site.store.packet(packet_id))
+        )
+        assert f"warning: {words}" in shown
+        for role in ("officer", "steward"):
+            with pytest.raises(RejectedError) as refused:
+                dispatcher.approve_packet(site, packet_id, role)
+            assert (refused.value.code, refused.value.cause) == ("AG-PRV-034", words)
+            assert not site.packet_path(packet_id, "approvals", f"{role}.json").exists()
+            number = site.store.add_job(
+                "light", "approve", packet_id, {"role": role, "despite_warnings": True}
+            )
+            two[A].work()
+            assert site.store.job(number).result["warnings"] == [words]
+        assert state(two, A, packet_id)[0] == "offered"
 
     def test_recipients_must_be_named(self, tmp_path) -> None:
         two = Consortium(tmp_path, hospital_a=STRICT)

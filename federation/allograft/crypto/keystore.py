@@ -2,8 +2,9 @@
 """Private key files: one key per file, mode 0600, never a link, never readable by others.
 
 A site's `keys/` directory holds `signing.pem` (PKCS#8 PEM), `sealing.key` and `witness.key`
-(32-byte seeds in hex with a one-word header) and `node` (OpenSSH, for Flower). A file that others
-can read is refused rather than repaired: whoever could read it may have done so.
+(32-byte seeds in hex with a one-word header) and `node` (OpenSSH, for Flower); `signing.public`
+holds the public halves of all signing keys that the privacy ledger was ever signed with. A file
+that others can read is refused rather than repaired: whoever could read it may have done so.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import stat
 from pathlib import Path
 
-from allograft.crypto.keys import NodeKey, SealingKey, SigningKey
+from allograft.crypto.keys import NodeKey, SealingKey, SigningKey, VerifyKey
 from allograft.crypto.notekey import NoteKey
 from allograft.durable import durable_write
 from allograft.errors import RejectedError, UnavailableError
@@ -20,6 +21,7 @@ from allograft.errors import RejectedError, UnavailableError
 _MAX_BYTES = 16 << 10
 _SEALING = "allograft-sealing-key-v1"
 _WITNESS = "allograft-note-key-v1"
+_PEM_END = "-----END PUBLIC KEY-----"
 
 
 def write_private(path: Path, content: bytes) -> None:
@@ -74,6 +76,37 @@ def read_signing_key(path: Path) -> SigningKey:
         UnavailableError: AG-STO-003 absent.
     """
     return SigningKey.from_pem(read_private(path))
+
+
+def add_verify_key(path: Path, key: VerifyKey) -> None:
+    """Add a public key to a file of keys that were used here; one that is in it changes nothing.
+
+    Mode 0600 although nothing is secret: whoever may write there decides whose signatures count.
+
+    Raises:
+        RejectedError: As `read_verify_keys`.
+        UnavailableError: AG-STO-001 when the disk is full.
+    """
+    keys = read_verify_keys(path)
+    if key.key_id not in {known.key_id for known in keys}:
+        content = "".join(f"{known.pem.strip()}\n" for known in (*keys, key))
+        durable_write(path, content.encode("ascii"), mode=0o600)
+
+
+def read_verify_keys(path: Path) -> tuple[VerifyKey, ...]:
+    """The public keys in a file, in the order in which they were added; none without a file.
+
+    Raises:
+        RejectedError: AG-KEY-001 malformed, AG-KEY-004 open to others.
+    """
+    try:
+        text = read_private(path).decode("ascii", "replace")
+    except UnavailableError:
+        return ()
+    blocks = text.split(_PEM_END)
+    if blocks[-1].strip():
+        raise RejectedError("AG-KEY-001", f"{path.name} holds something else than public keys")
+    return tuple(VerifyKey(f"{block.strip()}\n{_PEM_END}\n").check() for block in blocks[:-1])
 
 
 def write_sealing_key(path: Path, key: SealingKey) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -29,6 +29,11 @@ _HEX32 = re.compile(r"[0-9a-f]{32}")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]{0,127}")
 _FIGURES = 64
+_WARNINGS = {
+    "warn.slope": "canaries repeated a few times are remembered",
+    "warn.tpr": "more people than usual are recognised at the false-positive rate of the audit",
+    "warn.auc": "members score visibly higher than other people",
+}
 
 
 class GateVerdict(StrEnum):
@@ -58,6 +63,24 @@ class GateResult:
     figures: tuple[tuple[str, float], ...] = ()
     cost_ms: int = 0
     reason: str = ""
+
+
+def warnings_of(result: GateResult) -> tuple[str, ...]:
+    """What a person must consider before approving, in words; empty for nothing.
+
+    Warnings travel as figures whose names begin with `warn.`, so a dossier shows them without a
+    field of its own and approvals cover them.
+    """
+    return tuple(
+        _WARNINGS.get(name, f"unknown warning {name}")
+        for name, _ in result.figures
+        if name.startswith("warn.")
+    )
+
+
+def warnings_in(gates: Iterable[GateResult]) -> tuple[str, ...]:
+    """The warnings of several gates, each after the gate's name, as `G5: …`."""
+    return tuple(f"{gate.name}: {words}" for gate in gates for words in warnings_of(gate))
 
 
 @dataclass(frozen=True, slots=True)

@@ -70,6 +70,15 @@ class Gate:
     judge: Callable[[Submission, Figures], None]
 
 
+def holds_text(kind: str) -> bool:
+    """Whether a kind of packet carries text of its own, beside what its documents say.
+
+    Raises:
+        RejectedError: AG-PKT-001 for an unknown kind.
+    """
+    return any(name.endswith(TEXT_SUFFIX) for name in find_kind(kind).parts)
+
+
 def run_gates(submission: Submission) -> tuple[GateResult, ...]:
     """Run all gates, also after one has refused: the operator sees everything at once."""
     return tuple(run_gate(gate, submission) for gate in GATES)

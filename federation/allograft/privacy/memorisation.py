@@ -48,12 +48,6 @@ _FAIRNESS = 1e-6
 # At which a bound is told where no δ is claimed.
 _INFORMAL_DELTA = 1e-5
 
-_WARNINGS = {
-    "warn.slope": "canaries repeated a few times are remembered",
-    "warn.tpr": "more people than usual are recognised at the false-positive rate of the audit",
-    "warn.auc": "members score visibly higher than other people",
-}
-
 
 @dataclass(frozen=True, slots=True)
 class DpClaim:
@@ -119,19 +113,6 @@ class MembershipEvidence:
     members: Scores
     others: Scores
     blind_auc: float
-
-
-def warnings_of(result: GateResult) -> tuple[str, ...]:
-    """What a person must consider before approving, in words; empty for nothing.
-
-    Warnings travel as figures whose names begin with `warn.`, so a dossier shows them without a
-    field of its own and approvals cover them.
-    """
-    return tuple(
-        _WARNINGS.get(name, f"unknown warning {name}")
-        for name, _ in result.figures
-        if name.startswith("warn.")
-    )
 
 
 def judge_plan(

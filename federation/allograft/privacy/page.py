@@ -15,7 +15,13 @@ from html import escape
 
 from allograft.crypto import canonical
 from allograft.privacy.claim import PrivacyClaim
-from allograft.privacy.dossier import Dossier, GateResult, GateVerdict
+from allograft.privacy.dossier import (
+    Dossier,
+    GateResult,
+    GateVerdict,
+    warnings_in,
+    warnings_of,
+)
 from allograft.privacy.duties import DUTIES
 from allograft.privacy.modes import Mode
 from allograft.privacy.report import FullReport, Point
@@ -149,6 +155,7 @@ def describe(evidence: Evidence) -> list[str]:
         lines.append(
             f"{gate.name} {gate.verdict}: {_GATES.get(gate.name, '')} {gate.reason}".strip()
         )
+    lines += [f"Warning, {text}." for text in warnings_in(dossier.gates)]
     lines += _finding_sentences(evidence)
     return lines
 
@@ -233,6 +240,7 @@ def _gate_table(gates: Sequence[GateResult]) -> str:
     for gate in gates:
         figures = ", ".join(f"{name} {value:.4g}" for name, value in gate.figures)
         words = escape(_GATES.get(gate.name, ""))
+        words += "".join(f"<br><b>Warning: {escape(text)}.</b>" for text in warnings_of(gate))
         if gate.verdict is not GateVerdict.PASS:
             words = f"<b>{escape(gate.reason)}</b>"
         rows.append(
@@ -452,6 +460,7 @@ def to_json(evidence: Evidence) -> dict[str, canonical.Json]:
     return {
         "dossier": dict(canonical.as_mapping(statement["predicate"])),
         "approved_by": list(evidence.approvals),
+        "warnings": list(warnings_in(dossier.gates)),
         "sentences": list(describe(evidence)),
         "signer": evidence.signer,
         "duties": [

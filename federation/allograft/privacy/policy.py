@@ -42,6 +42,7 @@ SiteName = Annotated[str, StringConstraints(pattern=r"^(\*|[a-z0-9][a-z0-9-]{0,6
 Role = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9-]{0,62}$")]
 Kind = Annotated[str, StringConstraints(pattern=r"^[a-z][a-z0-9_]{0,31}$")]
 ModeName = Literal["open", "measured", "strict"]
+AuditedModeName = Literal["measured", "strict"]
 Permission = Literal["merge", "distil", "redonate"]
 Purpose = Annotated[str, StringConstraints(min_length=1, max_length=LIMITS.text_field_chars)]
 
@@ -134,6 +135,8 @@ class AuditPolicy(_Section):
             repeated ones. A thousand can refute an epsilon of 5, two hundred one of 3.5.
         measured_approvals: Fewest roles that must agree to a packet of mode `measured`. One role
             is one pair of eyes, so there are never fewer than two.
+        identifier_list: Modes in which the text gate must know the site's own list of identifiers.
+            `measured` has no formal bound behind it, so names that no pattern finds count there.
     """
 
     thresholds_version: int = Field(default=1, ge=1, le=1_000_000)
@@ -145,6 +148,7 @@ class AuditPolicy(_Section):
     max_delta: float = Field(default=1e-5, gt=0.0, le=1e-4, allow_inf_nan=False)
     canaries: int = Field(default=1000, ge=100, le=100_000)
     measured_approvals: int = Field(default=2, ge=2, le=16)
+    identifier_list: tuple[AuditedModeName, ...] = Field(default=("measured",), strict=False)
 
     @model_validator(mode="after")
     def _check_order(self) -> AuditPolicy:
@@ -224,6 +228,15 @@ class Policy:
             )
         if ANY_SITE in self.donate.recipients or not self.donate.recipients:
             raise RejectedError("AG-PRV-009", "mode measured needs named donate.recipients, no `*`")
+
+    def check_identifier_list(self, mode: str, has_list: bool) -> None:
+        """Refuse a mode that needs the site's identifier list, without one.
+
+        Raises:
+            RejectedError: AG-PRV-016.
+        """
+        if mode in self.audit.identifier_list and not has_list:
+            raise RejectedError("AG-PRV-016", f"audit.identifier_list names mode {mode}")
 
     def check_recipients(self, recipients: Iterable[str]) -> None:
         """Refuse a dispatch to a site that is not named in the policy.

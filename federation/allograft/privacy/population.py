@@ -102,6 +102,10 @@ class Population:
             if name != domain and not people.isdisjoint(self._read(name)):
                 raise RejectedError("AG-PRV-066", f"some of them belong to domain {name}")
 
+    def enrolled_domains(self) -> tuple[str, ...]:
+        """The domains that people were put into, by name."""
+        return tuple(self._names())
+
     def _names(self) -> list[str]:
         found = {path.name.removesuffix(_SUFFIX) for path in self.directory.glob(f"*{_SUFFIX}")}
         for name in sorted(set(self.domains) - found):

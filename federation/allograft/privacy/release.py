@@ -20,6 +20,7 @@ from allograft.privacy.dossier import (
     PayloadPart,
     check_evidence,
 )
+from allograft.privacy.identifiers import LIST_FIGURE
 from allograft.privacy.modes import AdmittedMode, Mode, admit_mode
 from allograft.privacy.policy import Policy
 
@@ -80,6 +81,7 @@ def check_release(
 
     Raises:
         RejectedError: AG-PRV-003 or -004 the policy forbids it, AG-PRV-010 to -012 the mode does,
+            AG-PRV-016 the text gate ran without the identifier list that the policy demands,
             AG-PRV-020 a gate is missing or did not pass, AG-PRV-030 the dossier belongs to
             something else, AG-PRV-031 an approval is missing.
     """
@@ -91,6 +93,8 @@ def check_release(
     if dossier.conditions_digest != policy.conditions_digest:
         raise RejectedError("AG-PRV-030", "the policy's conditions changed since the dossier")
     _check_gates(admitted.mode, dossier)
+    listed = any(LIST_FIGURE in dict(g.figures) for g in dossier.gates if g.name == "G2")
+    policy.check_identifier_list(str(admitted.mode), listed)
     _check_approvals(policy, dossier, approvals)
     audience = tuple(sorted(set(recipients)))
     if not audience:

@@ -224,4 +224,5 @@ _WEAKER: Mapping[str, Callable[[Any, Any], bool]] = {
     "audit.max_delta": _is_higher,
     "audit.canaries": _is_lower,
     "audit.measured_approvals": _is_lower,
+    "audit.identifier_list": _asks_for_less,
 }
