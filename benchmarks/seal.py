@@ -59,9 +59,13 @@ def main() -> None:
             walls.append(seconds)
             cpus.append(cpu_seconds)
             copies.append(_run("copy", root))
+            (root / "copy").unlink()
             bare.append(_run("bare", root))
             seals.append(_run("seal", root))
             opens.append(_run("open", root))
+            # Here, not in a step: to remove a file from a RAM disk costs a quarter of a pass.
+            shutil.rmtree(root / "out")
+            shutil.rmtree(root / "opened")
     wall, passes = min(walls), min(cpus)
     seal_s = min(run["seconds"] for run in seals)
     open_s = min(run["seconds"] for run in opens)
@@ -143,10 +147,8 @@ def _be_measured(step: str, root: Path) -> None:
 
 def _copy(root: Path) -> None:
     """Read and write the payload, and nothing else."""
-    target = root / "copy"
-    with (root / "payload" / _NAME).open("rb") as source, durable_file(target) as sink:
+    with (root / "payload" / _NAME).open("rb") as source, durable_file(root / "copy") as sink:
         shutil.copyfileobj(source, sink, _BLOCK)
-    target.unlink()
 
 
 class _Memory:
@@ -193,7 +195,6 @@ def _seal(root: Path) -> None:
         ),
     )
     out = root / "out"
-    shutil.rmtree(out, ignore_errors=True)
     out.mkdir()
     bundle = oms.sign_bundle([oms.Resource(p.name, p.sha256) for p in parts], key)
     attestations = container.join_attestations([bundle])
@@ -215,8 +216,7 @@ def _open(root: Path) -> None:
     (resource,) = oms.verify_bundle(line, keys)
     size = header.parts[0].plain_bytes
     parts = (container.PlainPart(resource.name, size, resource.sha256),)
-    opened = container.open_payload(out, header, dispatch.kind, parts, opener, root / "opened")
-    shutil.rmtree(opened.directory)
+    container.open_payload(out, header, dispatch.kind, parts, opener, root / "opened")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from datetime import timedelta
 import numpy as np
 import pytest
 
-from allograft.crypto import canonical, dsse
+from allograft.crypto import canonical, dsse, seal
 from allograft.crypto.keys import SealingKey, SigningKey
 from allograft.errors import RejectedError
 from allograft.packet import container
@@ -325,6 +325,39 @@ def test_a_payload_that_is_a_pickle_is_refused_and_never_appears(tmp_path, donor
     donor.seal(packet, donor.attest(packet))
     assert refused(donor.receive, tmp_path / "opened") == "AG-PKT-010"
     assert not (tmp_path / "opened").exists()
+
+
+def test_what_another_recipient_wrote_is_never_laid_to_the_donor(tmp_path, donor, packet):
+    """All recipients hold the content key: one can seal a part anew, and the seal tells nothing."""
+    header = donor.verify_dispatch().header
+    bound = bytes.fromhex(header.packet_id + header.statement_digest)
+    info = (b"allograft/wrap/v1\0" + bound + bytes.fromhex(header.dispatch_id)
+            + b"payload\0" + RECIPIENT.encode())  # fmt: skip
+    wrap = header.find_wrap(RECIPIENT, "payload").wrap
+    key = seal.unwrap_key(wrap, donor.opener().key, info)
+    context = b"allograft/payload/v1\0" + bound + bytes(4)
+    plain = (donor.payload / "organ.safetensors").read_bytes()[:-4] + np.float32("nan").tobytes()
+    (donor.out / "part-000.sealed").write_bytes(seal.seal_bytes(plain, key, context))
+    assert refused(
+        container.open_payload, donor.out, header, "organ", packet.parts, donor.opener(),
+        tmp_path / "x",
+    ) == "AG-PKT-004"  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir()] == ["donor"]
+
+
+def test_a_damaged_seal_is_told_before_any_tensor(tmp_path, donor):
+    """The NaN passes in a sound block, long before the damage at the end."""
+    values = {"w": np.full(1 << 20, np.nan, np.float32)}
+    packet = donor.statement(donor.write_payload(values))
+    donor.seal(packet, donor.attest(packet))
+    header = donor.verify_dispatch().header
+    path = donor.out / "part-000.sealed"
+    path.write_bytes(path.read_bytes()[:-1] + bytes([path.read_bytes()[-1] ^ 1]))
+    assert refused(
+        container.open_payload, donor.out, header, "organ", packet.parts, donor.opener(),
+        tmp_path / "x",
+    ) == "AG-SEA-001"  # fmt: skip
+    assert [path.name for path in tmp_path.iterdir()] == ["donor"]
 
 
 def test_part_names_are_never_the_donors(tmp_path, donor, packet):

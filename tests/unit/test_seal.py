@@ -68,6 +68,34 @@ def test_refuses_a_stream_larger_than_announced_before_writing_it_all():
     assert len(sink.getvalue()) <= 2 << 20
 
 
+@pytest.mark.parametrize("size", [0, 1, 3_500_000])
+def test_who_watches_sees_the_plaintext_in_order(size):
+    plain = hashlib.shake_128(b"x").digest(size)
+    sealed, seen = seal.seal_bytes(plain, KEY, b""), bytearray()
+    seal.open_stream(io.BytesIO(sealed), io.BytesIO(), KEY, b"", size, seen.extend)
+    assert seen == plain
+
+
+def test_who_watches_sees_only_chunks_whose_tags_are_right():
+    plain = hashlib.shake_128(b"x").digest(3_500_000)
+    sealed, seen = bytearray(seal.seal_bytes(plain, KEY, b"")), bytearray()
+    sealed[2_000_000] ^= 1
+    with pytest.raises(RejectedError) as caught:
+        seal.open_stream(io.BytesIO(sealed), io.BytesIO(), KEY, b"", len(plain), seen.extend)
+    assert caught.value.code == "AG-SEA-001"
+    assert 0 < len(seen) < 2_000_000
+    assert plain.startswith(seen)
+
+
+def test_what_a_watcher_raises_stops_the_stream():
+    def refuse(_block):
+        raise OverflowError
+
+    sealed = seal.seal_bytes(bytes(5 << 20), KEY, b"")
+    with pytest.raises(OverflowError):
+        seal.open_stream(io.BytesIO(sealed), io.BytesIO(), KEY, b"", 5 << 20, refuse)
+
+
 def test_a_sink_that_fails_stops_the_stream():
     class Full(io.BytesIO):
         def write(self, _buffer):

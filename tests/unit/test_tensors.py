@@ -61,7 +61,7 @@ def test_reads_what_it_wrote():
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
 def test_norms_are_those_of_numpy_over_many_blocks(dtype):
-    values = np.random.default_rng(0).standard_normal(200_001).astype(np.float32)
+    values = np.random.default_rng(0).standard_normal(600_001).astype(np.float32)
     if dtype == "BF16":
         data = (values.view(np.uint32) >> 16).astype("<u2").tobytes()
     else:
@@ -69,6 +69,33 @@ def test_norms_are_those_of_numpy_over_many_blocks(dtype):
     sink, table = written({"w": tensors.RawTensor(dtype, values.shape, data)})
     exact = np.linalg.norm(tensors.read_tensor(sink, table.entry("w")).astype(np.float64))
     assert tensors.check_file(sink).frobenius_norm == pytest.approx(exact, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
+def test_norms_are_equal_to_the_last_bit_however_a_file_comes(dtype):
+    data = np.random.default_rng(1).integers(0, 0x3C00, 1_500_000).astype("<u2").tobytes()
+    size = tensors.DTYPE_BYTES[dtype]
+    sink, table = written({name: tensors.RawTensor(dtype, (len(data) // size,), data)
+                           for name in "vw"})  # fmt: skip
+    content = memoryview(sink.getvalue())
+    for step in (4099, 1 << 20, len(content)):
+        checker = tensors.TensorChecker(table.file_bytes)
+        for start in range(0, len(content), step):
+            checker.feed(content[start : start + step])
+        assert checker.finish() == tensors.check_file(sink)
+
+
+def test_a_finding_waits_for_the_verdict_and_the_first_one_stays():
+    sink, table = written({"w": tensors.RawTensor("F32", (1,), np.float32("nan").tobytes())})
+    checker = tensors.TensorChecker(table.file_bytes)
+    checker.feed(memoryview(sink.getvalue()[:-1]))
+    assert not checker.is_refused
+    checker.feed(memoryview(sink.getvalue()[-1:]))
+    assert checker.is_refused
+    checker.feed(memoryview(b"more than was announced"))
+    with pytest.raises(RejectedError) as caught:
+        checker.finish()
+    assert caught.value.code == "AG-PKT-022"
 
 
 def test_large_finite_values_are_no_infinities():

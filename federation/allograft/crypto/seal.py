@@ -16,6 +16,7 @@ import hashlib
 import io
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -98,7 +99,12 @@ def seal_stream(source: Source, sink: Sink, key: bytes, context: bytes) -> Seale
 
 
 def open_stream(
-    source: Source, sink: Sink, key: bytes, context: bytes, max_plain_bytes: int
+    source: Source,
+    sink: Sink,
+    key: bytes,
+    context: bytes,
+    max_plain_bytes: int,
+    watch: Callable[[memoryview], None] | None = None,
 ) -> Opened:
     """Open a sealed stream into a private sink.
 
@@ -108,6 +114,9 @@ def open_stream(
         key: The content key.
         context: The context the stream was sealed under.
         max_plain_bytes: More than this is refused while reading.
+        watch: Called with the plaintext too, block by block in order, on a thread of its own. The
+            tags of a block were verified before; that the stream is whole and the one that was
+            announced is known only when this function returned. Blocks are reused: it keeps none.
 
     Raises:
         RejectedError: AG-SEA-001 if altered, cut or bound to another context; AG-SEA-003 if larger
@@ -116,7 +125,7 @@ def open_stream(
     try:
         decryptor = Cobblestone256Decryptor(key, context)
         limit = sealed_size(max_plain_bytes)
-        flow = _pump(source, sink, decryptor.update_into, decryptor.finalize, limit)
+        flow = _pump(source, sink, decryptor.update_into, decryptor.finalize, limit, watch)
     except (InvalidTag, ValueError) as error:
         raise RejectedError("AG-SEA-001", "a sealed file does not open") from error
     return Opened(flow.out_bytes, flow.out_sha256, flow.in_bytes, flow.in_sha256)
@@ -173,31 +182,28 @@ class _Flow:
 
 
 class _Lane:
-    """Hashes blocks in order on one thread, while the caller goes on with the next block.
+    """Gives blocks in order to workers on a thread each, while the caller goes on with the next.
 
-    SHA-256 is three to four times slower than the cipher and releases the GIL, so the two hashes
-    of a stream run beside it. A slot's buffer is reused only after its hash is done.
+    SHA-256 is two to four times slower than the cipher and releases the GIL, so the two hashes
+    of a stream run beside it. A slot's buffer is reused only after all workers are done with it.
     """
 
-    def __init__(self, pool: ThreadPoolExecutor) -> None:
-        self._pool = pool
-        self._digest = hashlib.sha256()
-        self._pending: list[Future[None] | None] = [None] * _SLOTS
+    def __init__(self, stack: ExitStack, *workers: Callable[[memoryview], None]) -> None:
+        self._workers = [(stack.enter_context(ThreadPoolExecutor(1)), work) for work in workers]
+        self._pending: list[list[Future[None]]] = [[] for _ in range(_SLOTS)]
         self.size_bytes = 0
 
     def feed(self, slot: int, block: memoryview) -> None:
         self.size_bytes += len(block)
-        self._pending[slot] = self._pool.submit(self._digest.update, block)
+        self._pending[slot] = [pool.submit(work, block) for pool, work in self._workers]
 
     def wait(self, slot: int) -> None:
-        pending = self._pending[slot]
-        if pending is not None:
+        for pending in self._pending[slot]:
             pending.result()
 
-    def hexdigest(self) -> str:
+    def drain(self) -> None:
         for slot in range(_SLOTS):
             self.wait(slot)
-        return self._digest.hexdigest()
 
 
 def _pump(
@@ -206,14 +212,17 @@ def _pump(
     update_into: Callable[[memoryview, memoryview], int],
     finalize: Callable[[], bytes],
     max_in_bytes: int | None = None,
+    watch: Callable[[memoryview], None] | None = None,
 ) -> _Flow:
     """Move a stream through a cipher block by block, hashing both sides."""
     # Large enough for either direction: a chunk may be held back, and tags are added.
     out_size = _BLOCK + _BLOCK // 1024 + _CHUNK + 128
     in_slots = [memoryview(bytearray(_BLOCK)) for _ in range(_SLOTS)]
     out_slots = [memoryview(bytearray(out_size)) for _ in range(_SLOTS)]
-    with ThreadPoolExecutor(1) as in_pool, ThreadPoolExecutor(1) as out_pool:
-        incoming, outgoing = _Lane(in_pool), _Lane(out_pool)
+    in_digest, out_digest = hashlib.sha256(), hashlib.sha256()
+    with ExitStack() as stack:
+        incoming = _Lane(stack, in_digest.update)
+        outgoing = _Lane(stack, out_digest.update, *([watch] if watch else []))
         slot = 0
         while count := source.readinto(in_slots[slot]):
             if max_in_bytes is not None and incoming.size_bytes + count > max_in_bytes:
@@ -230,9 +239,8 @@ def _pump(
         outgoing.wait(slot)
         outgoing.feed(slot, last)
         sink.write(last)
-        return _Flow(
-            incoming.size_bytes,
-            incoming.hexdigest(),
-            outgoing.size_bytes,
-            outgoing.hexdigest(),
-        )
+        incoming.drain()
+        outgoing.drain()
+    return _Flow(
+        incoming.size_bytes, in_digest.hexdigest(), outgoing.size_bytes, out_digest.hexdigest()
+    )
