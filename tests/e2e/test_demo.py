@@ -112,6 +112,25 @@ def test_demo_trains_its_base_on_wikitext_and_moves_medical_knowledge(tmp_path: 
     _check(report)
 
 
+def test_privacy_demo_stops_what_leaks_and_lets_the_private_packet_leave(tmp_path: Path) -> None:
+    before = _ours()
+    report = _demo(tmp_path, "--privacy")
+    ways = report["ways"]
+    assert [way["epsilon"] for way in ways.values()] == [None, None, 8.0, 3.0]
+    overfit, private = ways["overfit"], ways["epsilon 3"]
+    assert "FAIL" in overfit["gates"].values()
+    assert overfit["recognised"] > 0.1
+    assert set(private["gates"].values()) == {"PASS"}
+    assert private["recognised"] < overfit["recognised"] / 2
+    assert private["gain"] > 0
+    # Two hundred canaries could not have refuted an epsilon of 8.
+    assert ways["epsilon 8"]["gates"]["G4"] == "INVALID"
+    assert [name for name, way in ways.items() if way["left"]] == ["epsilon 3"]
+    assert report["recipient"]["state"] in {"kept", "reverted"}
+    assert report["audit"]["verified"] is True
+    assert _ours() <= before
+
+
 def test_an_interrupted_demo_stops_everything_it_started(tmp_path: Path) -> None:
     before = _ours()
     with subprocess.Popen(

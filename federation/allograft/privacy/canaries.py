@@ -43,7 +43,8 @@ class CanaryPlan:
 
     Attributes:
         coins: Canaries decided by a coin, half of each style. About half of them are planted.
-        repeats: Levels of the exposure set: every canary of a level is planted so many times.
+        repeats: Levels of the exposure set: every canary of a level is planted so many times. Three
+            give a slope; each further one dilutes the people and costs a fifth of the audit.
         per_level: Canaries of each level.
         references: Alternatives of each canary of the exposure set, which are never planted.
         prefix_words: Words of a public text that a random suffix follows.
@@ -52,7 +53,7 @@ class CanaryPlan:
     """
 
     coins: int = 1000
-    repeats: tuple[int, ...] = (1, 2, 4, 8, 16)
+    repeats: tuple[int, ...] = (1, 4, 16)
     per_level: int = 10
     references: int = 100
     prefix_words: int = 16

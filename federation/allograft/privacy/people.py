@@ -30,8 +30,9 @@ _FORMAT = "allograft-coins-v1"
 _FILE_BYTES = 256 << 20
 _FIELDS = {"format", "split", "planted", "canaries", "audited_members", "audited_others"}
 
-#: Most persons of each side whose texts the audits read. More narrow the intervals little.
-AUDITED_PERSONS = 1000
+#: Most persons of each side whose texts the audits read. A thousand would narrow the interval
+#: around a recognised share of 10 % from 7.5-13.0 % to 8.2-12.0 %, at twice the cost.
+AUDITED_PERSONS = 500
 
 
 @dataclass(frozen=True, slots=True)

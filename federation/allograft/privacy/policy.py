@@ -131,7 +131,7 @@ class AuditPolicy(_Section):
         donation_epsilon: Largest epsilon of one donation.
         domain_epsilon: Largest epsilon of all donations of a data domain together, for ever.
         max_delta: Largest delta of a donation.
-        canaries: Planted texts decided by a coin; about half of them are trained on, beside 310
+        canaries: Planted texts decided by a coin; about half of them are trained on, beside 210
             repeated ones. A thousand can refute an epsilon of 5, two hundred one of 3.5.
         measured_approvals: Fewest roles that must agree to a packet of mode `measured`. One role
             is one pair of eyes, so there are never fewer than two.

@@ -119,10 +119,24 @@ class SiteHome:
 
 
 class Consortium:
-    """Coordinator, roster keepers and sites, each in a directory of its own."""
+    """Coordinator, roster keepers and sites, each in a directory of its own.
 
-    def __init__(self, directory: Path, daemons: Daemons, names: tuple[str, ...]) -> None:
+    Args:
+        directory: Where everything lies.
+        daemons: What starts and ends the daemons.
+        names: The sites.
+        settings: By site, lines that its operator adds to `site.toml`.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        daemons: Daemons,
+        names: tuple[str, ...],
+        settings: Mapping[str, str] | None = None,
+    ) -> None:
         self.daemons = daemons
+        self._settings = settings or {}
         self.coordinator_id = "consortium"
         self.coordinator_state = directory / "coordinator"
         self.published = directory / "published"
@@ -162,6 +176,9 @@ class Consortium:
 
     def _init_sites(self) -> None:
         made = at_once(site.make_keys for site in self.sites.values())
+        for name, lines in self._settings.items():
+            with (self.sites[name].state / "site.toml").open("a", encoding="utf-8") as file:
+                file.write(lines)
         self._fingerprints = {
             name: str(keys["fingerprint"]) for name, keys in zip(self.sites, made, strict=True)
         }

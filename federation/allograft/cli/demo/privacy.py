@@ -27,6 +27,7 @@ from allograft.cli.demo.report import SiteOutcome
 from allograft.cli.demo.stages import Stages
 from allograft.cli.demo.watch import await_receipts, await_state
 from allograft.crypto import canonical
+from allograft.durable import durable_write
 from allograft.errors import RejectedError
 
 _NOTES = 2000
@@ -99,16 +100,17 @@ def play_privacy(directory: Path, seed: int, console: Console) -> PrivacyReport:
     stages = Stages(console)
     (directory / "logs").mkdir()
     with Daemons(directory / "logs") as daemons:
+        records = _write_ward(directory, seed)
+        people = len({record.person for record in records})
+        stages.say(f"A ward of {people} patients; the notes of each name a number of its own.")
         title = "Founding a consortium: keys, roster, coordinator, two hospitals"
         with stages.stage(title) as stage:
-            consortium = Consortium(directory, daemons, (DONOR, SAME))
+            listed = {DONOR: f'identifiers = "{directory / "identifiers.txt"}"\n'}
+            consortium = Consortium(directory, daemons, (DONOR, SAME), listed)
             consortium.found(stage.note)
-        with stages.stage("Training the base, and writing the notes of one ward") as stage:
+        with stages.stage("Training the base model, on public text") as stage:
             options = WorldOptions(seed=seed, descendant_steps=0, stranger_steps=0)
             world = make_world(directory / "world", options, stage.note)
-            records = _write_ward(directory, seed)
-        people = len({record.person for record in records})
-        stages.say(f"{people} patients; the notes of each name a number that nobody else has.")
         _settle_in(consortium, world, directory, stages)
         made = [_train(consortium, way, directory, seed, stages) for way in WAYS]
         _name_exposed(consortium, made, stages)
@@ -122,9 +124,12 @@ def play_privacy(directory: Path, seed: int, console: Console) -> PrivacyReport:
 
 
 def _write_ward(directory: Path, seed: int) -> tuple[demo_text.Record, ...]:
+    """The donor's private text, and its list of identifiers."""
     notes = demo_text.write_notes(demo_text.invent_medicine(), _NOTES, 1000 * seed + 77)
     records = demo_text.write_records(notes, seed)
     demo_text.save_records(directory / "ward.jsonl", records)
+    numbers = "\n".join(sorted({record.number for record in records}))
+    durable_write(directory / "identifiers.txt", numbers.encode())
     return records
 
 

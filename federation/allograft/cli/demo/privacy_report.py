@@ -90,13 +90,13 @@ class PrivacyReport:
 def print_privacy_report(report: PrivacyReport, console: Console) -> None:
     """Print the closing table."""
     table = Table(title="The same organ, trained four ways", title_justify="left")
-    for column in ("training", "domain", "recognised", "passages", "canary x1", "x16", "outcome"):
+    for column in ("training", "domain", "recognised", "passages", "bits x1", "x16", "outcome"):
         table.add_column(column, no_wrap=True)
     for name, way in report.ways.items():
         table.add_row(
             name,
             f"{-way.gain:+.3f}",
-            "-" if way.recognised is None else f"{1000 * way.recognised:.0f} of 1,000",
+            "-" if way.recognised is None else f"{1000 * way.recognised:.0f}",
             "-" if way.passages is None else f"{way.passages:.0f}",
             _bits(way.exposure_once),
             _bits(way.exposure_most),
@@ -106,11 +106,11 @@ def print_privacy_report(report: PrivacyReport, console: Console) -> None:
     console.print(table)
     console.print(
         "[dim]Domain: change of loss on patients who were not trained on, nats per token; negative "
-        "is better. Recognised: patients that the best attack finds at a setting that wrongly "
-        "accuses 10 of 1,000; one that knows nothing finds 10. Passages: text of one patient alone "
-        "that comes back within 1,000 tries. Canary: bits by which a text planted once, or sixteen "
-        "times, is known better than ones that never were; chance is 1. All but the first column "
-        "stay at the donor.[/dim]"
+        "is better. Recognised: of 1,000 patients, those that the best attack finds at a setting "
+        "that wrongly accuses 10; one that knows nothing finds 10. Passages: text of one patient "
+        "alone that comes back within 1,000 tries. Bits: how much better a text planted once, or "
+        "sixteen times, is known than ones that never were; chance is 1. All of this stays at the "
+        "donor.[/dim]"
     )
     for name, way in report.ways.items():
         stopped = {gate: verdict for gate, verdict in way.gates.items() if verdict != "PASS"}
