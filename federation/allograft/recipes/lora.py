@@ -265,6 +265,8 @@ def _train_adapter(
         donor.windows,
         plan.loop,
         private=plan.private,
+        model=donor.model,
+        private_way=donor.private_way,
         snapshot=snapshot,
         progress=donor.progress,
     )
