@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from scipy import stats
 from torch import nn
 
@@ -356,6 +357,14 @@ class TestRecipes:
         assert extract.files[0].stat().st_size > 0
         for name, value in model.state_dict().items():
             assert torch.equal(value, before[name])
+
+    def test_an_adapter_of_a_half_precision_base_learns_in_full_precision(self, tmp_path) -> None:
+        model = tiny_model("llama").to(torch.bfloat16)
+        plan = Plan(LoraPlan(rank=2), LoopPlan(steps=4, warmup_steps=1), CONSTANTS)
+        extract = load_recipe("lora").extract(Donor(model, person_windows(), tmp_path), plan)
+        made = load_file(extract.files[0])
+        assert {value.dtype for value in made.values()} == {torch.bfloat16}
+        assert {value.dtype for value in model.parameters()} == {torch.bfloat16}
 
     def test_a_loop_of_other_steps_than_planned_is_refused(self, tmp_path) -> None:
         plan = Plan(LoraPlan(rank=2), LoopPlan(steps=5), CONSTANTS)
