@@ -36,7 +36,8 @@ from allograft.recipes.base import (
     load_recipe,
 )
 from allograft.recipes.documents import read_documents, split_documents
-from allograft.recipes.loop import token_losses, train
+from allograft.recipes.loop import train
+from allograft.recipes.losses import token_losses
 from allograft.recipes.plan import LoopPlan
 from allograft.recipes.snapshot import load_model, load_tokenizer
 from allograft.recipes.windows import Windows, make_windows

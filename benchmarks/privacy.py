@@ -3,9 +3,10 @@
 
 Both train the same recipe on the same model by the same loop, with eight windows of 128 tokens in a
 step: the plain step takes a batch of eight, the private one draws eight of sixteen persons on
-average. Every arm is a process of its own, on one thread of a processor, so that neither neighbours
-nor thread pools are measured; steps are timed in the middle of a run. `--device cuda` measures wall
-time and the accelerator's memory instead.
+average. It is measured both ways, one person at a time (single) and several at once (joint), unless
+`--way` names one. Every arm is a process of its own, on one thread of a processor, so that neither
+neighbours nor thread pools are measured; steps are timed in the middle of a run. `--device cuda`
+measures wall time and the accelerator's memory instead, and wants `--windows` that fill it.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Literal, cast
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -31,9 +33,18 @@ from allograft.recipes.windows import Windows
 from benchmarks.report import Figure, Options, publish
 
 _TOKENS = 128
-_WINDOWS = 8
-_PERSONS = 16
 _WARM_STEPS = 5
+
+_Way = Literal["plain", "single", "joint"]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """Where it is measured, how many windows a step has, and which private ways."""
+
+    device: str
+    windows: int
+    ways: tuple[_Way, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +55,8 @@ class Arm:
     peak_bytes: int
 
 
-def run_arm(kind: str, private: bool, steps: int, device: str) -> Arm:
-    """Train one recipe and time its steps."""
+def run_arm(kind: str, way: _Way, steps: int, device: str, size: int) -> Arm:
+    """Train one recipe and time its steps, of `size` windows each."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = LlamaForCausalLM(
@@ -54,20 +65,21 @@ def run_arm(kind: str, private: bool, steps: int, device: str) -> Arm:
             num_attention_heads=4, max_position_embeddings=512, tie_word_embeddings=True,
         )
     ).to(device)  # fmt: skip
+    persons = 2 * size
     windows = Windows(
-        tokens=torch.randint(0, 1024, (_PERSONS, _TOKENS)),
-        lengths=torch.full((_PERSONS,), _TOKENS),
-        documents=torch.arange(_PERSONS),
-        text_bytes=4 * _PERSONS * _TOKENS,
+        tokens=torch.randint(0, 1024, (persons, _TOKENS)),
+        lengths=torch.full((persons,), _TOKENS),
+        documents=torch.arange(persons),
+        text_bytes=4 * persons * _TOKENS,
     )
     constants = DpConstants(
-        sampling_rate=_WINDOWS / _PERSONS, noise_multiplier=1.0, steps=steps, clip_norm=1.0,
-        divisor=float(_WINDOWS), delta=1e-5, windows_per_person=1,
+        sampling_rate=size / persons, noise_multiplier=1.0, steps=steps, clip_norm=1.0,
+        divisor=float(size), delta=1e-5, windows_per_person=1,
     )  # fmt: skip
     plan = Plan(
         OrganPlan(blocks=2) if kind == "organ" else LoraPlan(rank=8),
-        LoopPlan(steps=steps, batch_windows=_WINDOWS),
-        constants if private else None,
+        LoopPlan(steps=steps, batch_windows=size),
+        None if way == "plain" else constants,
     )
     if kind == "lora":
         import peft  # noqa: F401  (its modules are not what is measured)
@@ -84,6 +96,8 @@ def run_arm(kind: str, private: bool, steps: int, device: str) -> Arm:
     with tempfile.TemporaryDirectory() as folder:
         # Without cached lower blocks: the cache would be most of the memory of so small a text.
         donor = Donor(model, windows, Path(folder), mark, ram_bytes=0, disk_bytes=0)
+        if way != "plain":
+            donor = replace(donor, private_way=way)
         load_recipe(kind).extract(donor, plan)
     timed = marks[_WARM_STEPS:]
     peak = torch.cuda.max_memory_allocated() if cuda else _peak_bytes()
@@ -99,39 +113,34 @@ def _peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def _run(kind: str, private: bool, steps: int, device: str) -> Arm:
-    name = "private" if private else "plain"
+def _run(kind: str, way: _Way, steps: int, setting: Setting) -> Arm:
     command = [
-        sys.executable, "-m", "benchmarks.privacy", "--arm", kind, name, str(steps),
-        "--device", device,
+        sys.executable, "-m", "benchmarks.privacy", "--arm", kind, way, str(steps),
+        "--device", setting.device, "--windows", str(setting.windows),
     ]  # fmt: skip
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=3600)
     return Arm(**json.loads(done.stdout))
 
 
-def compare(options: Options, device: str) -> list[Figure]:
+def compare(options: Options, setting: Setting) -> list[Figure]:
     """Run every arm, in turns, and take the median of the runs."""
     steps, rounds = (25, 1) if options.quick else (100, 3)
     figures = []
+    target = "<= 2" if setting.device == "cuda" else "<= 1.5"
     for kind in ("organ", "lora"):
-        found: dict[bool, list[Arm]] = {False: [], True: []}
+        found: dict[_Way, list[Arm]] = {way: [] for way in ("plain", *setting.ways)}
         for _ in range(rounds):
-            for private in (False, True):
-                found[private].append(_run(kind, private, steps, device))
-        plain, private_ = (
-            (
-                statistics.median(arm.step_s for arm in arms),
-                statistics.median(arm.peak_bytes for arm in arms),
-            )
-            for arms in (found[False], found[True])
-        )
-        target = "<= 2" if device == "cuda" else "<= 1.5"
-        figures += [
-            Figure(f"{kind}_plain_step", 1000 * plain[0], "ms"),
-            Figure(f"{kind}_private_step", 1000 * private_[0], "ms"),
-            Figure(f"{kind}_step_ratio", private_[0] / plain[0], "x", target),
-            Figure(f"{kind}_memory_ratio", private_[1] / plain[1], "x", "<= 1.5"),
-        ]
+            for way, arms in found.items():
+                arms.append(_run(kind, way, steps, setting))
+        step_s = {way: statistics.median(a.step_s for a in arms) for way, arms in found.items()}
+        peak = {way: statistics.median(a.peak_bytes for a in arms) for way, arms in found.items()}
+        figures += [Figure(f"{kind}_{way}_step", 1000 * step_s[way], "ms") for way in found]
+        for way in setting.ways:
+            time_ratio, memory_ratio = step_s[way] / step_s["plain"], peak[way] / peak["plain"]
+            figures += [
+                Figure(f"{kind}_{way}_step_ratio", time_ratio, "x", target),
+                Figure(f"{kind}_{way}_memory_ratio", memory_ratio, "x", "<= 1.5"),
+            ]
     return figures
 
 
@@ -141,15 +150,19 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="seconds instead of minutes")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--way", choices=("single", "joint"), help="measure this way only")
+    parser.add_argument("--windows", type=int, default=8, help="windows in a step")
     parser.add_argument("--arm", nargs=3, help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.arm:
-        kind, name, steps = chosen.arm
-        arm = run_arm(kind, name == "private", int(steps), chosen.device)
+        kind, way, steps = chosen.arm
+        arm = run_arm(kind, cast(_Way, way), int(steps), chosen.device, chosen.windows)
         sys.stdout.write(json.dumps(asdict(arm)))
         return
     options = Options(chosen.quick, chosen.json)
-    publish("privacy", compare(options, chosen.device), options)
+    ways: tuple[_Way, ...] = (chosen.way,) if chosen.way else ("single", "joint")
+    setting = Setting(chosen.device, chosen.windows, ways)
+    publish("privacy", compare(options, setting), options)
 
 
 if __name__ == "__main__":

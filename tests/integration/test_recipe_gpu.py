@@ -6,6 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from allograft.privacy.dp import DpConstants
+from allograft.privacy.rowwise import RowwiseSum
+from allograft.privacy.train import PersonLoop, check_agreement, check_step
+from allograft.recipes import lora, organ
 from allograft.recipes.base import (
     Donor,
     LoraPlan,
@@ -15,6 +19,7 @@ from allograft.recipes.base import (
     Recipient,
     load_recipe,
 )
+from allograft.recipes.losses import PersonLosses
 from allograft.recipes.plan import LoopPlan
 from allograft.recipes.snapshot import state_digest
 from kit.tiny import FAMILIES, tiny_model, tiny_tokens, tiny_windows
@@ -46,3 +51,30 @@ def test_learns_and_leaves_without_a_trace(kind: str, family: str, tmp_path: Pat
     assert not torch.equal(full, none)
     recipe.detach(handle)
     assert state_digest(model) == plain
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["organ", "lora"])
+def test_several_persons_at_once_add_up_to_the_same(kind: str, family: str) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("no accelerator answers")
+    model = tiny_model(family).to("cuda", torch.bfloat16)
+    context = (
+        organ._growing(model, organ._plan_facts(model, OrganPlan(1)), LoopPlan())
+        if kind == "organ"
+        else lora._adapted(model, lora._plan_facts(model, LoraPlan(rank=4)), LoopPlan())
+    )
+    constants = DpConstants(0.5, 1.0, 4, 0.5, 4.0, 1e-5, 2)
+    with context:
+        parameters = [value for value in model.parameters() if value.requires_grad]
+        with torch.no_grad():
+            for value in parameters:
+                value.add_(0.05 * torch.randn_like(value))
+        losses = PersonLosses(
+            lambda _, tokens: model(input_ids=tokens, use_cache=False).logits,
+            tiny_windows(), 2, 16, torch.device("cuda"),
+        )  # fmt: skip
+        rows = RowwiseSum(model, parameters, losses)
+        loop = PersonLoop(parameters, losses.loss_of)
+        check_agreement(parameters, constants, len(losses), (rows, loop))
+        assert check_step(parameters, constants, len(losses), rows).sensitivity <= 1.0001

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 
 from allograft.errors import RejectedError
 from allograft.recipes.base import Donor, LoraPlan, OrganPlan, Plan, load_recipe
-from allograft.recipes.loop import SNAPSHOT, Training, token_losses, train
+from allograft.recipes.loop import SNAPSHOT, Training, train
+from allograft.recipes.losses import token_losses
 from allograft.recipes.plan import LoopPlan, Step
 from allograft.recipes.windows import Windows
 from kit.tiny import tiny_model, tiny_windows

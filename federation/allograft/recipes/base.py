@@ -41,6 +41,9 @@ LINEAGE_COSINE = 0.9
 
 Level = Literal["exact", "lineage", "refuse"]
 
+#: How a private step takes the persons drawn: one at a time, several at once, or as suits.
+PrivateWay = Literal["auto", "single", "joint"]
+
 
 @dataclass(frozen=True, slots=True)
 class ModelShape:
@@ -132,6 +135,7 @@ class Donor:
     progress: Callable[[Step], None] | None = None
     ram_bytes: int = 1 << 30  # ceiling for cached activations in memory
     disk_bytes: int = 16 << 30  # ceiling for cached activations in a file under workdir
+    private_way: PrivateWay = "auto"  # the same sums, but for rounding; no matter of the plan
 
 
 @dataclass(frozen=True, slots=True)

@@ -240,6 +240,10 @@ def _adapted(
     model.eval()
     try:
         parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        for value in parameters.values():
+            # Master weights in full precision: bfloat16 would round most updates away, and takes no
+            # float32 gradient of a private step. The base's own are frozen and stay as they are.
+            value.data = value.data.float()
         names = {n: _PEFT_PREFIX + n.replace(".default.", ".") for n in parameters}
         with surgery.checkpointed(model, plan.checkpointing):
             yield parameters, names
@@ -265,6 +269,8 @@ def _train_adapter(
         donor.windows,
         plan.loop,
         private=plan.private,
+        model=donor.model,
+        private_way=donor.private_way,
         snapshot=snapshot,
         progress=donor.progress,
     )

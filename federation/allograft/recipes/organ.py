@@ -234,6 +234,8 @@ def _train_organ(
             donor.windows,
             plan.loop,
             private=plan.private,
+            model=donor.model,
+            private_way=donor.private_way,
             hasten=_hastened(donor.model, organ),
             snapshot=snapshot,
             progress=donor.progress,
