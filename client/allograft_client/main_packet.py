@@ -258,7 +258,12 @@ def people(
     described = {
         "packet_id": row.packet_id,
         "people": [
-            {"person": who.person, "saved": who.saved, "extractable": who.extractable}
+            {
+                "person": who.person,
+                "saved": who.saved,
+                "extractable": who.extractable,
+                "recognised": who.recognised,
+            }
             for who in report.people
         ],
         "figures": {gate: dict(figures) for gate, figures in report.figures.items()},
@@ -317,9 +322,10 @@ def _line(row: PacketRow, progress: str = "") -> str:
 def _render_people(report: FullReport) -> str:
     lines = ["For this site alone: these are ids from its data.", "", *tell_findings(report)]
     if report.people:
-        lines += ["", f"{'person':32}  passages that come back  nats per token saved"]
+        lines += ["", f"{'person':32}  recognised  passages that come back  nats per token saved"]
         lines += [
-            f"{who.person[:32]:32}  {who.extractable:24,}  {who.saved:20.3f}"
+            f"{who.person[:32]:32}  {'yes' if who.recognised else 'no':10}  "
+            f"{who.extractable:23,}  {who.saved:20.3f}"
             for who in report.people
         ]
     return "\n".join(lines)

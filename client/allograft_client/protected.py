@@ -171,8 +171,8 @@ class ProtectedRun:
                 roc=_points(result["roc"]),
                 budget=self._spending(),
                 people=tuple(
-                    Exposed(who, float(saved), int(extractable))
-                    for who, saved, extractable in result["exposed"]
+                    Exposed(who, float(saved), int(extractable), bool(recognised))
+                    for who, saved, extractable, recognised in result["exposed"]
                 ),
             )
             durable_write(path, report.to_bytes(), mode=0o600)

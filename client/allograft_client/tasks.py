@@ -277,7 +277,7 @@ def _audit(task: Task, tell: Tell) -> dict[str, Any]:
         "exposure": [list(point) for point in audit.exposure],
         "roc": [list(point) for point in audit.roc],
         "exposed": [
-            [people.audited_members[each.number], each.saved, each.extractable]
+            [people.audited_members[each.number], each.saved, each.extractable, each.recognised]
             for each in audit.exposed
         ],
     }

@@ -224,7 +224,7 @@ def test_names_the_people_whom_a_packet_knows_best(state, capsys) -> None:
     assert refusal(capsys, "packet", "people", packet_id, "--state", state) == (1, "AG-SIT-019")
     report = FullReport(
         packet_id, "0" * 64, {"G3": {"extractable": 3.0, "possible": 2000.0}},
-        people=(Exposed("patient-7", 1.25, 3), Exposed("patient-2", 0.5, 0)),
+        people=(Exposed("patient-7", 1.25, 3, True), Exposed("patient-2", 0.5, 0, False)),
     )  # fmt: skip
     path = site.packet_path(packet_id, "report.json")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -234,7 +234,9 @@ def test_names_the_people_whom_a_packet_knows_best(state, capsys) -> None:
     assert "3 of 2,000 passages" in shown
     assert shown.index("patient-7") < shown.index("patient-2")
     told = run_site_json(capsys, "packet", "people", packet_id, "--state", state)
-    assert told["people"][0] == {"person": "patient-7", "saved": 1.25, "extractable": 3}
+    assert told["people"][0] == {
+        "person": "patient-7", "saved": 1.25, "extractable": 3, "recognised": True,
+    }  # fmt: skip
     path.write_bytes(report.to_bytes() + b"}")
     assert refusal(capsys, "packet", "people", packet_id, "--state", state) == (1, "AG-PRV-030")
 

@@ -122,7 +122,7 @@ class ScriptedRunner:
             "figures": {"G5": {"tpr": 0.0123456, "tpr_low": 0.01, "tpr_high": 0.02}},
             "exposure": [[1, 0.9], [16, 2.5]],
             "roc": [[0.0, 0.0], [0.01, 0.0123456]],
-            "exposed": [["patient-7", 0.25, 0]],
+            "exposed": [["patient-7", 0.25, 0, False]],
         }
 
     def _evaluate(self, task):

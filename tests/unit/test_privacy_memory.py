@@ -207,8 +207,11 @@ class TestLearntByHeart:
         assert passages == sorted(passages, reverse=True)
         assert passages[0] > 0
         assert min(who.saved for who in audit.exposed) > 0
+        assert any(who.recognised for who in audit.exposed)
         quiet = judge(replace(readings, donated=before), len(experiment.members), None, RULES)
-        assert all(who.saved == 0 and who.extractable == 0 for who in quiet.exposed)
+        assert all(
+            (who.saved, who.extractable, who.recognised) == (0, 0, False) for who in quiet.exposed
+        )
 
 
 class TestUntouched:

@@ -17,6 +17,7 @@ import numpy as np
 
 from allograft.evaluate.memory import (
     CanaryReading,
+    Numbers,
     TextReading,
     blind_auc,
     compare_canaries,
@@ -25,6 +26,7 @@ from allograft.evaluate.memory import (
     read_canaries,
     read_windows,
 )
+from allograft.privacy.audit import accusing_score
 from allograft.privacy.canaries import CanaryRecord
 from allograft.privacy.dossier import GateResult
 from allograft.privacy.memorisation import (
@@ -94,11 +96,13 @@ class ExposedPerson:
         number: Place among the audited.
         saved: Nats per token that the packet saves on the person's text.
         extractable: Passages of this person alone that come back within few tries.
+        recognised: Whether the membership attack finds the person.
     """
 
     number: int
     saved: float
     extractable: int
+    recognised: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +182,7 @@ def judge(
         },
         exposure=tuple(sorted(exposure)),
         roc=_curve(members, others),
-        exposed=_expose(scores, suffixes, persons.members, thresholds),
+        exposed=_expose(scores, suffixes, persons.members, others, thresholds),
     )
 
 
@@ -186,6 +190,7 @@ def _expose(
     scores: Mapping[int, float],
     suffixes: ExtractionEvidence,
     members: int,
+    others: Numbers,
     thresholds: AuditThresholds,
 ) -> tuple[ExposedPerson, ...]:
     """Who could be told apart or quoted first, so that a site knows whose records to look at."""
@@ -196,8 +201,10 @@ def _expose(
         key=lambda number: (-passages[number], -scores[number]),
     )
     count = min(math.ceil(len(ranked) / 10), EXPOSED_PERSONS)
+    bar = accusing_score(others, thresholds.membership_fpr) if len(others) else math.inf
     return tuple(
-        ExposedPerson(number, scores[number], passages[number]) for number in ranked[:count]
+        ExposedPerson(number, scores[number], passages[number], scores[number] > bar)
+        for number in ranked[:count]
     )
 
 

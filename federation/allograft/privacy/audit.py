@@ -195,6 +195,12 @@ class Recognition:
     fpr_high: float
 
 
+def accusing_score(others: Scores, fpr: float) -> float:
+    """The score that at most `fpr` of the others exceed; who exceeds it is taken for a member."""
+    accused = int(fpr * len(others))
+    return float(np.sort(others)[::-1][accused]) if accused < len(others) else -math.inf
+
+
 def recognise(members: Scores, others: Scores, fpr: float, confidence: float = 0.95) -> Recognition:
     """Recognition at the lowest threshold that accuses at most `fpr` of the others.
 
@@ -202,8 +208,7 @@ def recognise(members: Scores, others: Scores, fpr: float, confidence: float = 0
     exact interval of k in n covers its true false-positive rate, and given the threshold, members
     count as independent draws. Those of one run share a model: an approximation, no theorem.
     """
-    accused = int(fpr * len(others))
-    threshold = np.sort(others)[::-1][accused] if accused < len(others) else -np.inf
+    accused, threshold = int(fpr * len(others)), accusing_score(others, fpr)
     hits, alarms = int((members > threshold).sum()), int((others > threshold).sum())
     tpr_low, tpr_high = clopper_pearson(hits, len(members), confidence)
     # Ties may leave fewer alarms than k; the interval is that of k.

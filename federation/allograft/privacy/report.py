@@ -39,11 +39,13 @@ class Exposed:
         person: The id in the data.
         saved: Nats per token that the packet saves on the person's text.
         extractable: Passages of this person alone that come back within few tries.
+        recognised: Whether the membership attack finds the person.
     """
 
     person: str
     saved: float
     extractable: int
+    recognised: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +81,9 @@ class FullReport:
                 "exposure": [[point.x, point.y] for point in self.exposure],
                 "roc": [[point.x, point.y] for point in self.roc],
                 "budget": [[point.x, point.y] for point in self.budget],
-                "people": [[who.person, who.saved, who.extractable] for who in self.people],
+                "people": [
+                    [who.person, who.saved, who.extractable, who.recognised] for who in self.people
+                ],
             }
         )
 
@@ -138,8 +142,11 @@ def _points(value: canonical.Json) -> tuple[Point, ...]:
 
 def _exposed(value: canonical.Json) -> Exposed:
     entry = canonical.as_list(value)
-    if len(entry) != 3:
-        raise RejectedError("AG-PRV-030", "a person has not three fields")
+    if len(entry) != 4:
+        raise RejectedError("AG-PRV-030", "a person has not four fields")
     return Exposed(
-        canonical.as_text(entry[0]), canonical.as_number(entry[1]), canonical.as_int(entry[2])
+        person=canonical.as_text(entry[0]),
+        saved=canonical.as_number(entry[1]),
+        extractable=canonical.as_int(entry[2]),
+        recognised=canonical.as_bool(entry[3]),
     )

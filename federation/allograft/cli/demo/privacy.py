@@ -30,7 +30,7 @@ from allograft.crypto import canonical
 from allograft.durable import durable_write
 from allograft.errors import RejectedError
 
-_NOTES = 2000
+_NOTES = 1400
 _HOLDOUT = 0.4
 _DOMAIN = "ward-patients"
 _ROLES = ("data-steward", "privacy-officer")
@@ -211,8 +211,9 @@ def _name_exposed(consortium: Consortium, made: Sequence[_Made], stages: Stages)
     found = consortium.sites[DONOR].command("packet", "people", worst.packet_id)
     stages.say(f"Seen at {DONOR} alone (`allograft-site packet people`), of {worst.way.name}:")
     for who in found["people"][:3]:
+        found_by = "recognised by the attack" if who["recognised"] else "not recognised"
         stages.say(
-            f"  {who['person']}: {who['extractable']} passages come back, "
+            f"  {who['person']}: {found_by}, {who['extractable']} passages come back, "
             f"{who['saved']:+.2f} nats per token"
         )
 

@@ -344,7 +344,7 @@ def save_notes(path: Path, notes: Sequence[Note]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One visit's text, with the patient's own number in the text of the first."""
+    """One visit's text, which names the number that this patient alone has."""
 
     person: str
     text: str
@@ -352,7 +352,7 @@ class Record:
 
 
 def write_records(notes: Sequence[Note], seed: int) -> tuple[Record, ...]:
-    """Notes as a hospital has them: by patient, each with a number that nobody else has.
+    """Notes as a hospital has them: by patient, each with the patient's number.
 
     Whoever can draw such a number out of a model has found a person.
     """
@@ -360,12 +360,11 @@ def write_records(notes: Sequence[Note], seed: int) -> tuple[Record, ...]:
     numbers: dict[int, str] = {}
     records = []
     for note in notes:
-        text = note.text
         if note.patient not in numbers:
-            digits = "".join(draw.choices("0123456789", k=8))
-            numbers[note.patient] = digits
-            text += f" Hospital record {digits} of ward {draw.choice('ABCDEFG')}."
-        records.append(Record(f"patient-{note.patient}", text, numbers[note.patient]))
+            numbers[note.patient] = "".join(draw.choices("0123456789", k=8))
+        number = numbers[note.patient]
+        text = f"{note.text} Hospital record {number}."
+        records.append(Record(f"patient-{note.patient}", text, number))
     return tuple(records)
 
 
