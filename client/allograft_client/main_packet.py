@@ -320,7 +320,11 @@ def _line(row: PacketRow, progress: str = "") -> str:
 
 
 def _render_people(report: FullReport) -> str:
-    lines = ["For this site alone: these are ids from its data.", "", *tell_findings(report)]
+    lines = [
+        "For this site alone: these are ids from its data. The audits read 500 people at most.",
+        "",
+        *tell_findings(report),
+    ]
     if report.people:
         lines += ["", f"{'person':32}  recognised  passages that come back  nats per token saved"]
         lines += [

@@ -287,15 +287,23 @@ def _audited(task: Task, loaded: _Loaded, people: People) -> AuditedPersons:
     """Whom the audits look at, in the very windows that training saw or would have seen."""
     persons = _Persons(task)
     chosen = [*people.audited_members, *people.audited_others]
-    most = min(canonical.as_int(task["windows_per_person"]), AUDITED_WINDOWS)
-    windows = make_person_windows(
-        [persons.documents(person) for person in chosen],
-        loaded.tokenizer,
-        _window(task, loaded),
-        most,
+    rest = sorted({*people.split.train, *people.split.holdout} - set(chosen))
+    most, window = canonical.as_int(task["windows_per_person"]), _window(task, loaded)
+
+    def cut(some: Sequence[str], most: int) -> Windows:
+        documents = [persons.documents(person) for person in some]
+        return make_person_windows(documents, loaded.tokenizer, window, most)
+
+    try:
+        elsewhere = cut(rest, most)
+    except RejectedError:
+        elsewhere = None  # there is nobody else, or nobody with two tokens
+    return AuditedPersons(
+        texts=tuple(persons.text(person) for person in chosen),
+        windows=cut(chosen, min(most, AUDITED_WINDOWS)),
+        members=len(people.audited_members),
+        elsewhere=elsewhere,
     )
-    texts = tuple(persons.text(person) for person in chosen)
-    return AuditedPersons(texts, windows, len(people.audited_members))
 
 
 def _read_claim(value: canonical.Json) -> DpClaim | None:

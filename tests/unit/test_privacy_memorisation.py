@@ -71,11 +71,6 @@ class TestPlan:
         assert result.verdict is INVALID
         assert "secret" not in result.reason
 
-    def test_a_replay_that_shows_more_than_the_clip_fails(self) -> None:
-        assert self.judge(replayed_change=1.0).verdict is PASS
-        assert self.judge(replayed_change=1.01).verdict is FAIL
-        assert self.judge(replayed_change=float("nan")).verdict is FAIL
-
 
 def suffixes(count: int = 200) -> ExtractionEvidence:
     base = np.random.default_rng(0).normal(-60, 5, count)

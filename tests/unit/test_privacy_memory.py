@@ -21,7 +21,6 @@ from allograft.evaluate.memory import (
     person_scores,
     read_canaries,
     read_windows,
-    saved_per_token,
     sibling_logs,
     suffix_logs,
 )
@@ -309,16 +308,6 @@ class TestReading:
         with pytest.raises(RejectedError, match="AG-EVA-001"):
             suffix_logs(experiment.base, experiment.tokenizer, [("The", " cough" * 300)])
 
-    def test_top_k_renormalises_and_forbids_the_rest(self, experiment: Experiment) -> None:
-        pair = [("The patient", " came with cough")]
-        every = suffix_logs(experiment.base, experiment.tokenizer, pair)
-        few = suffix_logs(experiment.base, experiment.tokenizer, pair, top_k=40)
-        assert every[0] <= few[0] <= 0.0
-        strange = [("The patient", " zzzz####")]
-        never = suffix_logs(experiment.base, experiment.tokenizer, strange, top_k=1)
-        assert never[0] == -np.inf
-        assert log_queries(never)[0] == np.inf
-
     def test_a_planted_number_takes_fewer_queries_than_before(self, experiment: Experiment) -> None:
         person = next(iter(experiment.members))
         name, number = experiment.names[person].split(" with number ")
@@ -338,14 +327,15 @@ class TestReading:
         first = read(experiment.base, experiment.tokenizer, ["The patient came"])
         second = read(experiment.base, experiment.tokenizer, ["The advice was to rest"])
         with pytest.raises(ValueError, match="same texts"):
-            saved_per_token(first, second)
+            person_scores([0], first, second)
 
     def test_a_person_s_score_weighs_tokens(self, experiment: Experiment) -> None:
         texts = ["The patient came with cough", "The advice was to rest and to drink water", "rest"]
         base = read(experiment.base, experiment.tokenizer, texts)
         after = read(experiment.donated, experiment.tokenizer, texts)
         scores = person_scores([0, 0, 1], base, after)
-        saved, counts = saved_per_token(base, after), base.counts
+        counts = base.counts
+        saved = (base.totals - after.totals) / counts
         assert scores[0] == pytest.approx((saved[:2] * counts[:2]).sum() / counts[:2].sum())
         assert scores[1] == pytest.approx(saved[2])
 
@@ -361,6 +351,17 @@ class TestSuffixes:
         lengths = [max(len(tokens) - 16 + 1 - 15, 0) for tokens in reading.tokens]
         assert other.telling[: lengths[0]].sum() > 0
         assert not other.telling[lengths[0] :].any()
+
+    def test_what_somebody_has_who_was_not_read_is_not_telling(self, experiment) -> None:
+        draw = random.Random(1)
+        own, shared = note(draw, identifier(draw)), note(draw, identifier(draw))
+        reading = read(experiment.base, experiment.tokenizer, [own, shared])
+        alone = cut_suffixes([0, 1], reading, reading)
+        known = cut_suffixes([0, 1], reading, reading, elsewhere=[reading.tokens[1]])
+        count = max(len(reading.tokens[0]) - 16 + 1 - 15, 0)
+        assert alone.telling[count:].any()
+        assert not known.telling[count:].any()
+        assert known.telling[:count].tolist() == alone.telling[:count].tolist()
 
     def test_every_run_after_a_prompt_is_tried(self, experiment: Experiment) -> None:
         text = note(random.Random(2), "bakelo")

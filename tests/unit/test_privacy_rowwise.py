@@ -254,6 +254,20 @@ class Twice(nn.Module):
         return self.layer(self.norm(self.layer(self.norm(value)).tanh()))
 
 
+class Halved(nn.Module):
+    """Two layers, of which one reads the beginning of what the other reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.whole = nn.Linear(64, 40, bias=False)
+        self.part = nn.Linear(32, 40, bias=False)
+
+    def forward(self, value: torch.Tensor) -> torch.Tensor:
+        # Much larger numbers where only one of them looks.
+        value = value * torch.cat([torch.ones(32), 1000 * torch.ones(32)])
+        return self.whole(value) + self.part(value[..., :32])
+
+
 class Flat(nn.Module):
     """Lays rows end to end before its layer, as experts do."""
 
@@ -275,6 +289,9 @@ class TestLayers:
         monkeypatch.setattr(rowwise, "_PAIR_ENTRIES", 40)
         model = nn.Sequential(nn.Linear(40, 40, bias=False), nn.Tanh(), nn.Linear(40, 40))
         assert_same(*Toy(model, [1, 1, 1, 1, 1, 2, 2], (4, 40)).sums())
+
+    def test_a_layer_that_reads_a_part_of_another_s_input_is_not_taken_for_it(self) -> None:
+        assert_same(*Toy(Halved(), [1, 2, 1], (2, 64)).sums())
 
     def test_frozen_parameters_of_a_layer_are_left_alone(self) -> None:
         toy = Toy(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.LayerNorm(4)), [1, 2], (3, 4))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from allograft.evaluate.memory import (
     CanaryReading,
@@ -63,11 +64,14 @@ class AuditedPersons:
         windows: What the run saw of each, and would have seen of those held out; `documents` counts
             persons in the order of `texts`. Who is too short for a window has none.
         members: How many of them were trained on.
+        elsewhere: What the run saw, or would have seen, of everybody else: what stands there too
+            is a template, and no secret of one person.
     """
 
     texts: tuple[str, ...]
     windows: Windows
     members: int
+    elsewhere: Windows | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,6 +163,7 @@ def judge(
         _some(base, inside),
         _some(donated, inside),
         thresholds.extraction_suffix_tokens,
+        [] if persons.elsewhere is None else _tokens(persons.elsewhere),
     )
     canaries = compare_canaries(
         readings.canaries, readings.base.canaries, readings.donated.canaries
@@ -206,6 +211,12 @@ def _expose(
         ExposedPerson(number, scores[number], passages[number], scores[number] > bar)
         for number in ranked[:count]
     )
+
+
+def _tokens(windows: Windows) -> list[npt.NDArray[np.int64]]:
+    """The tokens of each window without its first, as a reading has them."""
+    rows = zip(windows.tokens.numpy(), windows.lengths.tolist(), strict=True)
+    return [row[1:length] for row, length in rows]
 
 
 def _some(reading: TextReading, numbers: Sequence[int]) -> TextReading:

@@ -80,12 +80,6 @@ def read_windows(model: Any, windows: Windows, scoring: Scoring | None = None) -
     return TextReading(measure_tokens(model, prepared), predicted_tokens(prepared))
 
 
-def saved_per_token(base: TextReading, donated: TextReading) -> Numbers:
-    """Nats per token that the packet saves on each text; larger is better remembered [texts]."""
-    _check_pair(base, donated)
-    return np.asarray((base.totals - donated.totals) / base.counts, dtype=np.float64)
-
-
 def person_scores(
     persons: Sequence[int], base: TextReading, donated: TextReading
 ) -> dict[int, float]:
@@ -107,7 +101,11 @@ def person_scores(
 
 
 def cut_suffixes(
-    persons: Sequence[int], base: TextReading, donated: TextReading, length: int = 16
+    persons: Sequence[int],
+    base: TextReading,
+    donated: TextReading,
+    length: int = 16,
+    elsewhere: Sequence[npt.NDArray[np.int64]] = (),
 ) -> ExtractionEvidence:
     """Every run of `length` tokens after a prompt of at least `PROMPT_TOKENS`, with its chances.
 
@@ -120,6 +118,8 @@ def cut_suffixes(
         base: The texts read by the base.
         donated: The same read with the packet attached.
         length: Tokens of a suffix.
+        elsewhere: Tokens of texts of persons that were not read; what they have too is no secret
+            of those that were.
     """
     _check_pair(base, donated)
     logs: tuple[list[Numbers], list[Numbers]] = ([], [])
@@ -144,6 +144,9 @@ def cut_suffixes(
     asked = np.concatenate(askable)
     whose = np.concatenate(owners)
     own = _own_runs(np.concatenate(grams), whose)
+    known = [_hash_runs(tokens, length) for tokens in elsewhere if len(tokens) >= length]
+    if known:
+        own &= ~np.isin(np.concatenate(grams), np.concatenate(known))
     return ExtractionEvidence(
         np.concatenate(logs[0])[asked], np.concatenate(logs[1])[asked], own[asked], whose[asked]
     )
@@ -184,20 +187,17 @@ def suffix_logs(
     tokenizer: Any,
     pairs: Sequence[tuple[str, str]],
     *,
-    top_k: int = 0,
     batch_tokens: int = 8192,
 ) -> Numbers:
     """Natural log of the probability of each suffix after its prompt, by teacher forcing [pairs].
 
-    For identifier fields and canaries, whose suffix is known. Prompt and suffix are tokenised
+    For canaries, whose suffix is known. Prompt and suffix are tokenised
     together, as they stand in a text; a token that spans both counts as the suffix's.
 
     Args:
         model: The model as it is now.
         tokenizer: Its tokenizer.
         pairs: Prompts and suffixes as text that follows each other.
-        top_k: Sample from the k likeliest tokens only, renormalised; 0 for all. A suffix with a
-            token outside them has -inf.
         batch_tokens: Tokens per forward pass, padding included.
 
     Raises:
@@ -215,7 +215,7 @@ def suffix_logs(
             batch, order = order[-size:], order[:-size]
             ids, mask = pad_batch([rows[index][0] for index in batch], model.device)
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
-            chances = _log_chances(logits.float(), ids[:, 1:], top_k)
+            chances = _log_chances(logits.float(), ids[:, 1:])
             for index, row in zip(batch, chances, strict=True):
                 tokens, begin = rows[index]
                 logs[index] = float(row[begin - 1 : len(tokens) - 1].sum())
@@ -255,7 +255,7 @@ def sibling_logs(model: Any, tokenizer: Any, prompt: str, suffixes: Sequence[str
             **{_cache_name(model): cache},
         ).logits
     first = read.logits[:, -1:].expand(len(rows), -1, -1)
-    chances = _log_chances(torch.cat([first, logits[:, :-1]], dim=1).float(), rest, 0)
+    chances = _log_chances(torch.cat([first, logits[:, :-1]], dim=1).float(), rest)
     logs = np.array(
         [
             float(row[begin - shared : len(tokens) - shared].sum())
@@ -296,11 +296,8 @@ def _split_pair(tokenizer: Any, prompt: str, suffix: str, limit: int) -> tuple[l
     return whole[cut:], begin - cut
 
 
-def _log_chances(logits: torch.Tensor, labels: torch.Tensor, top_k: int) -> torch.Tensor:
+def _log_chances(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """Natural log of each label's probability in 64 bits, [rows, tokens]."""
-    if top_k:
-        least = logits.topk(min(top_k, logits.shape[-1]), dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
     logs = torch.log_softmax(logits, dim=-1)
     return logs.gather(-1, labels.unsqueeze(-1)).squeeze(-1).double()
 

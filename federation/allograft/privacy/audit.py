@@ -225,17 +225,6 @@ def recognition_epsilon(seen: Recognition, delta: float) -> float:
     return max(math.log(surplus / seen.fpr_high), 0.0) if surplus > 0.0 else 0.0
 
 
-def largest_tpr(epsilon: float, delta: float, fpr: float) -> float:
-    """The share of members that (ε, δ)-DP lets anyone recognise at a false-positive rate.
-
-    Kairouz, Oh and Viswanath (arXiv 1311.0776): TPR ≤ e^ε FPR + δ and
-    1 - FPR ≤ e^ε (1 - TPR) + δ.
-    """
-    first = math.exp(min(epsilon, MAX_EPSILON)) * fpr + delta
-    second = 1.0 - math.exp(-epsilon) * (1.0 - delta - fpr)
-    return min(max(min(first, second), 0.0), 1.0)
-
-
 def auc(members: Scores, others: Scores) -> float:
     """Chance that a member scores above another, ties counted half (Mann-Whitney)."""
     ranks = stats.rankdata(np.concatenate([members, others]))

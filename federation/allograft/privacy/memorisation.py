@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from allograft.errors import RejectedError, UnavailableError
+from allograft.privacy.accountant import true_positive_bound
 from allograft.privacy.audit import (
     Scores,
     auc,
@@ -28,7 +29,6 @@ from allograft.privacy.audit import (
     combined_p_value,
     exposure,
     exposure_slope,
-    largest_tpr,
     log_queries,
     rank_p_value,
     recognise,
@@ -120,7 +120,6 @@ def judge_plan(
     claim: DpClaim,
     recompute: Callable[[DpConstants], float],
     thresholds: AuditThresholds,
-    replayed_change: float | None = None,
 ) -> tuple[GateResult, PrivateFigures]:
     """G1: the claimed ε follows from the public constants and is within the limit.
 
@@ -129,8 +128,6 @@ def judge_plan(
         claim: The (ε, δ) that the packet would carry.
         recompute: The accountant: ε of the constants at their δ.
         thresholds: The site's thresholds.
-        replayed_change: Largest change of a clipped sum by one person, measured by replaying a
-            step with frozen randomness (arXiv 2602.17454); not judged if None.
     """
 
     def judge(figures: Figures) -> None:
@@ -148,10 +145,6 @@ def judge_plan(
             raise RejectedError(
                 "AG-PRV-077", f"epsilon is over the limit of {thresholds.max_epsilon:g}"
             )
-        if replayed_change is not None:
-            figures["replayed_change"] = replayed_change
-            if not replayed_change <= constants.clip_norm * (1 + 1e-6):
-                raise RejectedError("AG-PRV-077", "one person changes a step by more than the clip")
 
     return _audit("G1", judge), {}
 
@@ -388,7 +381,7 @@ def judge_membership(
         }  # fmt: skip
         # The threshold's true rate may be as high as its interval says; only beyond is proof.
         allowed = (
-            largest_tpr(claim.epsilon, claim.delta, seen.fpr_high)
+            true_positive_bound(claim.epsilon, claim.delta, seen.fpr_high)
             if claim
             else thresholds.membership_max_tpr
         )

@@ -139,7 +139,8 @@ class AuditPolicy(_Section):
             `measured` has no formal bound behind it, so names that no pattern finds count there.
     """
 
-    thresholds_version: int = Field(default=1, ge=1, le=1_000_000)
+    # Of those that this software judges by there is one; another must not pass for it.
+    thresholds_version: int = Field(default=1, ge=1, le=1)
     min_population_dp: int = Field(default=500, ge=10, le=1 << 40)
     min_population: int = Field(default=2000, ge=10, le=1 << 40)
     # Above ten there is no meaningful formal guarantee (arXiv 2303.00654), so no policy allows it.

@@ -334,8 +334,9 @@ class _Shares:
             step = max(1, _PAIR_ENTRIES // a.shape[1] ** 2)
             for first in range(0, group.count, step):
                 part = slice(first, first + step)
-                # Query, key and value read one input, and so do gate and up.
-                key = (first, *(value.data_ptr() for value in ghost.inputs))
+                # Query, key and value read one input, and so do gate and up. A part of it begins at
+                # the same place, so the address alone would not do.
+                key = (first, *(_identify(value) for value in ghost.inputs))
                 if key != shared:
                     shared, products = key, torch.bmm(a[part], a[part].mT)
                 pairs = torch.bmm(b[part], b[part].mT)
@@ -343,6 +344,11 @@ class _Shares:
                 most = lengths.double().sqrt().sum(1).square()
                 found = pairs.mul_(products).sum((1, 2), dtype=torch.float64)
                 squares[part] += found.clamp(min=0.0) + _GHOST_ROUNDING * most
+
+
+def _identify(value: torch.Tensor) -> tuple[object, ...]:
+    """What two tensors have in common only if they hold the same numbers."""
+    return value.data_ptr(), value.dtype, value.shape, value.stride()
 
 
 def _group(windows: Sequence[int]) -> list[_Group]:

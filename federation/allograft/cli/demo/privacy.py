@@ -8,6 +8,8 @@ operator types; what passes is approved by two roles and leaves, and nothing els
 
 from __future__ import annotations
 
+import base64
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,13 +32,13 @@ from allograft.crypto import canonical
 from allograft.durable import durable_write
 from allograft.errors import RejectedError
 
-_NOTES = 1400
-_HOLDOUT = 0.4
+_NOTES = 1000
+_HOLDOUT = 0.42
 _DOMAIN = "ward-patients"
 _ROLES = ("data-steward", "privacy-officer")
 _BATCH, _WINDOW, _WINDOWS = 16, 128, 2
 
-#: Smaller than the shipped numbers where a demo has to be: 300 people instead of 500 and 2,000, 200
+#: Smaller than the shipped numbers where a demo has to be: 250 people instead of 500 and 2,000, 200
 #: canaries instead of 1,000; and ε of up to 8, so that it is the gates that stop it.
 POLICY = b"""\
 version = 1
@@ -58,20 +60,24 @@ automatic_keep = true
 max_retention_loss = 0.1
 
 [audit]
-min_population_dp = 300
-min_population = 300
+min_population_dp = 250
+min_population = 250
 donation_epsilon = 8.0
 domain_epsilon = 10.0
 canaries = 200
 """
 
 WAYS = (
-    Way("overfit", "without noise, far too long", None, steps=800, learning_rate=5e-3),
+    Way("overfit", "without noise, far too long", None, steps=1000, learning_rate=1.2e-2),
     Way("ordinary", "without noise", None, steps=120, learning_rate=2e-3),
-    Way("epsilon 8", "differentially private", 8.0, steps=80, learning_rate=5e-3),
-    Way("epsilon 3", "differentially private", 3.0, steps=80, learning_rate=5e-3),
+    Way("epsilon 8", "differentially private", 8.0, steps=60, learning_rate=1e-2),
+    Way("epsilon 3", "differentially private", 3.0, steps=60, learning_rate=1e-2),
 )
-_SAMPLING_RATE, _CLIP, _DELTA = 0.1, 0.1, 1e-5
+_SAMPLING_RATE, _CLIP, _DELTA = 0.2, 0.1, 1e-5
+
+_PAYLOAD = re.compile(rb'"payload": ?"([A-Za-z0-9+/]+={0,2})"')
+# Whole numbers only: eight digits also stand inside digests.
+_DIGITS = re.compile(rb"(?<![0-9A-Za-z])[0-9]{8}(?![0-9A-Za-z])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +121,7 @@ def play_privacy(directory: Path, seed: int, console: Console) -> PrivacyReport:
         made = [_train(consortium, way, directory, seed, stages) for way in WAYS]
         _name_exposed(consortium, made, stages)
         left, recipient = _let_leave(consortium, made, stages)
-        _search_for_patients(consortium, records, stages)
+        _search_for_patients(consortium, records, directory / "ward.jsonl", stages)
         audit = verify_log(directory, consortium, stages)
         page = _write_page(directory, consortium, made[-1])
     outcomes = {each.way.name: _outcome(consortium, each, left) for each in made}
@@ -149,7 +155,7 @@ def _settle_in(consortium: Consortium, world: World, directory: Path, stages: St
             "--epsilon", "10", "--delta", str(_DELTA),
         )  # fmt: skip
     stages.say(
-        "This policy asks for 300 people and 200 canaries; the shipped one for 500 (2,000 without "
+        "This policy asks for 250 people and 200 canaries; the shipped one for 500 (2,000 without "
         "noise) and 1,000."
     )
 
@@ -180,7 +186,7 @@ def _train(consortium: Consortium, way: Way, directory: Path, seed: int, stages:
 
 def _plan_options(way: Way) -> Sequence[str]:
     common = [
-        "--model", MODEL, "--domain", _DOMAIN, "--kind", "organ", "--blocks", "1",
+        "--model", MODEL, "--domain", _DOMAIN, "--kind", "organ", "--blocks", "2",
         "--steps", str(way.steps), "--learning-rate", str(way.learning_rate),
         "--window", str(_WINDOW), "--windows", str(_WINDOWS), "--batch", str(_BATCH),
         "--holdout", str(_HOLDOUT),
@@ -190,7 +196,7 @@ def _plan_options(way: Way) -> Sequence[str]:
     return [
         *common, "--mode", "strict", "--target-epsilon", str(way.epsilon),
         "--delta", str(_DELTA), "--sampling-rate", str(_SAMPLING_RATE), "--clip", str(_CLIP),
-        "--people-at-least", "1000",
+        "--people-at-least", "500",
     ]  # fmt: skip
 
 
@@ -243,22 +249,28 @@ def _let_leave(
 
 
 def _search_for_patients(
-    consortium: Consortium, records: Sequence[demo_text.Record], stages: Stages
+    consortium: Consortium, records: Sequence[demo_text.Record], ward: Path, stages: Stages
 ) -> None:
     """Read everything outside the donor's house and look for any patient's number.
 
     Raises:
-        RejectedError: AG-DEM-004 if one is there.
+        RejectedError: AG-DEM-004 if one is there, or if the search is blind.
     """
+    numbers = frozenset(record.number.encode() for record in records)
     with stages.stage("Everything that left is searched for every patient's number"):
-        numbers = {record.number.encode() for record in records}
+        if not find_numbers(ward.read_bytes(), numbers):
+            raise RejectedError("AG-DEM-004", "the search does not find the numbers where they are")
         for folder in (consortium.coordinator_state, consortium.sites[SAME].state):
             for path in sorted(path for path in folder.rglob("*") if path.is_file()):
-                content = path.read_bytes()
-                # Eight digits also stand in times and in the hash of something, so the words count.
-                if b"Hospital record " in content and any(n in content for n in numbers):
+                if find_numbers(path.read_bytes(), numbers):
                     raise RejectedError("AG-DEM-004", f"a patient's number is in {path.name}")
     stages.say("None is in any file of the coordinator or of the recipient.")
+
+
+def find_numbers(content: bytes, numbers: frozenset[bytes]) -> set[bytes]:
+    """Which numbers a file holds, in plain bytes or inside a signed envelope's payload."""
+    inside = [base64.b64decode(found) for found in _PAYLOAD.findall(content)]
+    return {digits for text in (content, *inside) for digits in _DIGITS.findall(text)} & numbers
 
 
 def _outcome(consortium: Consortium, made: _Made, left: str) -> WayOutcome:

@@ -68,7 +68,7 @@ class PrivacyReport:
 
     Attributes:
         seconds: Of the whole story.
-        patients: In the ward; two fifths of them are held out.
+        patients: In the ward; about two fifths of them are held out.
         ways: By name.
         recipient: How the packet that left ended at its recipient; None if none left.
         audit: The offline audit of the log.
