@@ -106,6 +106,9 @@ class TestCoinsAndNoise:
         assert abs(np.mean(sizes) - 5) < 6 * math.sqrt(4.5 / 4000)
         assert np.bincount(sizes, minlength=51)[0] == pytest.approx(expected[0], abs=40)
 
+    def test_a_chance_of_one_draws_everybody(self) -> None:
+        assert draw_persons(5, 1.0, SecureStream().read).tolist() == [0, 1, 2, 3, 4]
+
     def test_normals_are_normal(self) -> None:
         normals = draw_normals(200_001, SecureStream().read)
         assert normals.shape == (200_001,)
