@@ -4,6 +4,7 @@
 import json
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -121,11 +122,62 @@ def test_loop_parameters_tell_nothing_of_the_data(state, capsys) -> None:
     ("more", "refused"),
     [(("--mode", "open"), (1, "AG-PRV-053")), (("--target-epsilon", "1e-9"), (1, "AG-PRV-055")),
      (("--sampling-rate", "0.9"), (1, "AG-PRV-050")), (("--clip", "1.2345"), (1, "AG-PRV-051")),
-     (("--delta", "1e-3"), (2, "")), (("--model", "unknown"), (1, "AG-SIT-003"))],
+     (("--delta", "1e-3"), (2, "")), (("--model", "unknown"), (1, "AG-SIT-003")),
+     (("--clip", "1e39"), (1, "AG-PRV-050")), (("--clip", "1e-7"), (1, "AG-PRV-050")),
+     (("--clip", "nan"), (1, "AG-PRV-050")), (("--holdout", "1.5"), (1, "AG-IN-003")),
+     (("--holdout", "nan"), (1, "AG-PRV-052")), (("--kind", "foo"), (1, "AG-IN-003")),
+     (("--learning-rate", "nan"), (1, "AG-PRV-052")), (("--learning-rate", "0"), (1, "AG-RCP-035")),
+     (("--alpha", "inf"), (1, "AG-PRV-052")), (("--rank", str(10**30)), (1, "AG-PRV-052")),
+     (("--people-at-least", str(10**18), "--delta", "1e-20"), (1, "AG-PRV-050"))],
 )  # fmt: skip
 def test_refuses_a_plan_that_promises_nothing(state, capsys, more, refused) -> None:
     command = ("plan", "new", "--model", "notes", "--domain", "d", "--target-epsilon", 3)
     assert refusal(capsys, *command, *more, "--state", state) == refused
+
+
+POLICY = """version = 1
+[donate]
+modes = ["strict"]
+kinds = ["lora"]
+recipients = ["*"]
+approvals = ["data-owner"]
+"""
+
+
+def test_a_plan_above_the_policy_is_warned_of_and_not_signed(state, capsys) -> None:
+    (state / "policy.toml").write_text(POLICY + "[audit]\ndonation_epsilon = 2.9\n")
+    made = draft(capsys, state)
+    assert [words.split(":")[0] for words in made["warnings"]] == ["AG-PRV-014"]
+    _, out, _ = run_site(capsys, "plan", "show", made["plan_id"], "--state", state)
+    assert "Warning: AG-PRV-014" in out
+    sign = ("plan", "sign", made["plan_id"], "--state", state)
+    assert refusal(capsys, *sign) == (1, "AG-PRV-014")
+    (state / "policy.toml").write_text(POLICY + "[audit]\nmax_delta = 1e-7\n")
+    assert refusal(capsys, *sign) == (1, "AG-PRV-014")
+    (state / "policy.toml").write_text(POLICY)
+    assert run_site_json(capsys, *sign)["warnings"] == []
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "code"),
+    [(("kind",), "foo", "AG-IN-003"), (("training", "holdout"), 1.5, "AG-IN-003"),
+     (("training", "loop", "steps"), "many", "AG-IN-003"),
+     (("training", "loop", "learning_rate"), 0, "AG-RCP-035"),
+     (("training", "loop", "warmup_steps"), 20, "AG-PRV-052")],
+)  # fmt: skip
+def test_refuses_to_sign_an_edited_draft_that_could_never_run(
+    state, capsys, path, value, code
+) -> None:
+    made = draft(capsys, state)
+    file = Path(made["path"])
+    document = json.loads(file.read_bytes())
+    level = document["predicate"]
+    for name in path[:-1]:
+        level = level[name]
+    level[path[-1]] = value
+    file.write_text(json.dumps(document))
+    assert refusal(capsys, "plan", "sign", made["plan_id"], "--state", state) == (1, code)
+    assert not (file.parent / f"{made['plan_id']}.json").exists()
 
 
 def test_mode_measured_may_go_without_constants_and_strict_may_not(state, capsys) -> None:

@@ -91,6 +91,18 @@ def norm_of(tensors) -> float:
     return math.sqrt(sum(float(t.double().square().sum()) for t in tensors))
 
 
+@pytest.mark.parametrize(("scale", "tells"), [(1e-9, False), (1e-6, True), (1e9, True)])
+def test_the_self_test_clips_within_the_range_of_a_clip_norm(scale, tells) -> None:
+    """The tenth of a gradient may lie outside; then the range's end clips it, or nothing does."""
+    weight = nn.Parameter(torch.zeros(5))
+    way = PersonLoop([weight], lambda person: (weight * (person + 1)).sum() * scale)
+    if tells:
+        check_step([weight], CONSTANTS, 9, way)
+        return
+    with pytest.raises(RejectedError, match="AG-PRV-080"):
+        check_step([weight], CONSTANTS, 9, way)
+
+
 class TestCoinsAndNoise:
     def test_every_person_has_a_coin_of_its_own(self) -> None:
         stream = SecureStream().read
