@@ -13,10 +13,11 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 from pathlib import Path
 from typing import TypeVar
 
-from allograft.crypto import keystore
+from allograft.crypto import canonical, keystore
 from allograft.errors import RejectedError
 from allograft.privacy.ledger import (
     EMPTY,
@@ -32,8 +33,13 @@ from allograft.privacy.ledger import (
 )
 from allograft.privacy.ledger_file import LedgerFile
 from allograft.privacy.population import KEY_BYTES, Population
+from allograft.privacy.scan import check_strings
 from allograft_client.plan_files import read_signed
 from allograft_client.site import Site
+
+#: An entry may be so much later than the end of the roster. A run whose coordinator was away for a
+#: while can still be ended; and no wrong clock blocks the ledger for longer than this.
+_AFTER_ROSTER = timedelta(days=90)
 
 _HEAD = "privacy-ledger-head"
 _KEY_WORD = "allograft-population-key-v1"
@@ -48,8 +54,8 @@ class Budget:
     Whoever reads the ledger also has the cost of each reservation recomputed: a signed entry that
     states less than its run costs (AG-PRV-060) would leave budget that is not there.
 
-    Errors are those of `LedgerFile` and `Population`, AG-KEY for `keys/signing.public`, and AG-SIT
-    or AG-STO for the database.
+    Errors are those of `LedgerFile` and `Population`, AG-PRV-064 also for a clock that is far ahead
+    of the roster, AG-KEY for `keys/signing.public`, and AG-SIT or AG-STO for the database.
     """
 
     site: Site
@@ -89,26 +95,35 @@ class Budget:
         return tuple(missing)
 
     def open_domain(self, limits: DomainOpened) -> Ledger:
-        """Fix a domain's limits; starts the ledger with the first one."""
+        """Fix a domain's limits; starts the ledger with the first one.
+
+        Raises:
+            RejectedError: AG-PRV-059 for its name or role, AG-PRV-021 if one looks like a person's,
+                AG-PRV-061 for limits out of range, AG-PRV-014 for limits above the policy's,
+                AG-PRV-001 if there is no policy to hold them against.
+        """
+        # All of it before the ledger is touched: what is opened can be neither changed nor closed.
+        limits.check()
+        names: list[canonical.Json] = [limits.domain, limits.declared_by]
+        check_strings(names, "the domain's name or role", self.site.matchers)
+        self.site.policy().check_domain(limits.epsilon_max, limits.delta_max)
         self._keep_key()
         known = self._known()
         if known == EMPTY and not self._file.is_started():
             self._file.create(known)
-        return self._act(lambda: self._file.open_domain(limits, self.site.now(), known))
+        return self._act(lambda now: self._file.open_domain(limits, now, known))
 
     def reserve(self, charge: Charge) -> Reserved:
         """Spend a charge before its first step."""
-        return self._act(lambda: self._file.reserve(charge, self.site.now(), self._known()))
+        return self._act(lambda now: self._file.reserve(charge, now, self._known()))
 
     def commit(self, ended: Committed) -> Ledger:
         """Record how a charge ended."""
-        return self._act(lambda: self._file.commit(ended, self.site.now(), self._known()))
+        return self._act(lambda now: self._file.commit(ended, now, self._known()))
 
     def record_nonprivate(self, release: NonprivateRelease) -> Ledger:
         """Make a domain's ε infinite, before something without privacy is released."""
-        return self._act(
-            lambda: self._file.record_nonprivate(release, self.site.now(), self._known())
-        )
+        return self._act(lambda now: self._file.record_nonprivate(release, now, self._known()))
 
     def population(self) -> Population:
         """The register of people; its key is made with the first one.
@@ -150,11 +165,27 @@ class Budget:
     def _keep_key(self) -> None:
         keystore.add_verify_key(self._key_file, self.site.key.public)
 
-    def _act(self, act: Callable[[], T]) -> T:
+    def _act(self, act: Callable[[datetime], T]) -> T:
+        now = self._now()
         self._keep_key()
-        result = act()
+        result = act(now)
         self._remember(self._file.head())
         return result
+
+    def _now(self) -> datetime:
+        """The time of an entry, if the clock cannot have run far ahead.
+
+        An entry of the year 2076 could never be followed before that year, nor taken back. The
+        roster is the newest word that others signed about the time.
+        """
+        now, expires = self.site.now(), self.site.trust.latest_roster().expires
+        if now > expires + _AFTER_ROSTER:
+            raise RejectedError(
+                "AG-PRV-064",
+                f"the clock says {canonical.format_time(now)}, the roster expired at "
+                f"{canonical.format_time(expires)}",
+            )
+        return now
 
     def _known(self) -> Head:
         text = self.site.store.setting(_HEAD)

@@ -26,12 +26,17 @@ def sign(
     format: FormatOption = Format.text,
 ) -> None:
     """Sign policy.toml as it stands; the copy that was signed is kept in policy.toml.sig."""
-    signed = policy_desk.sign(find_home(state), role)
+    signing = policy_desk.sign(find_home(state), role)
+    signed, before = signing.signed, signing.before
     value = {
         "digest": signed.policy.digest,
         "role": signed.role,
         "time": signed.time,
         "weaker": list(signed.weaker),
+        "compared_with": None
+        if before is None
+        else {"digest": before.policy.digest, "role": before.role, "time": before.time},
+        "note": signing.note,
     }
     emit(value, format, _render_signed)
 
@@ -81,6 +86,8 @@ def _describe(found: PolicyState) -> dict[str, Any]:
 
 def _render_signed(value: dict[str, Any]) -> str:
     lines = [f"Signed by role {value['role']} at {value['time']}: {value['digest'][:16]}…"]
+    if value["note"]:
+        lines.append(value["note"])
     if value["weaker"]:
         lines.append(f"Weaker than what was signed before: {', '.join(value['weaker'])}")
     return "\n".join(lines)

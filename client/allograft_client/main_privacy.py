@@ -23,7 +23,7 @@ from allograft.recipes.documents import group_persons, read_documents
 from allograft_client.budget import Budget
 from allograft_client.options import StateOption, open_state
 from allograft_client.plan import DonationPlan
-from allograft_client.plan_files import FiledPlan, file_draft, find_plan, sign_draft
+from allograft_client.plan_files import FiledPlan, check_cost, file_draft, find_plan, sign_draft
 from allograft_client.site import Site, model_base
 
 plan_app = typer.Typer(
@@ -264,7 +264,17 @@ def _describe_plan(site: Site, filed: FiledPlan) -> dict[str, Any]:
     }
     if plan.constants is not None:
         value["cost"] = _describe_cost(plan.constants, account)
+    value["warnings"] = _warn_of(site, plan)
     return value
+
+
+def _warn_of(site: Site, plan: PrivacyPlan) -> list[str]:
+    """Why a run of this plan would be refused; a draft may wait for another policy."""
+    try:
+        check_cost(site, plan)
+    except RejectedError as error:
+        return [str(error)]
+    return []
 
 
 def _describe_cost(constants: DpConstants, account: Account | None) -> dict[str, Any]:
@@ -363,6 +373,7 @@ def _render_plan(value: dict[str, Any]) -> str:
             f"About {cost['expected_people_per_step']:g} people in a step, noise to signal "
             f"{cost['noise_to_signal']:.2g}: {cost['utility']} (a rule of thumb).",
         ]
+    lines += [click.style(f"Warning: {words}", fg="red") for words in value["warnings"]]
     lines.append(f"File: {value['path']}")
     if value["state"] == "draft":
         lines.append(f"Next: allograft-site plan sign {value['plan_id'][:12]}")

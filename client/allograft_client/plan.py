@@ -6,6 +6,7 @@ It is fixed before the data is opened, and every number in it goes into the sign
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,22 @@ from allograft.recipes.plan import LoopPlan
 
 KINDS = ("organ", "lora")
 
+
+# Training parameter of a privacy plan → how it is read, for the recipe and for the loop.
+_RECIPE: Mapping[str, Callable[[canonical.Json], Any]] = {
+    "rank": canonical.as_int,
+    "alpha": canonical.as_number,
+    "blocks": canonical.as_int,
+    "position": lambda value: None if value is None else canonical.as_int(value),
+}
+_LOOP: Mapping[str, Callable[[canonical.Json], Any]] = {
+    "steps": canonical.as_int,
+    "batch_windows": canonical.as_int,
+    "accumulation": canonical.as_int,
+    "learning_rate": canonical.as_number,
+    "seed": canonical.as_int,
+    "checkpointing": canonical.as_bool,
+}
 
 # Of one person, in a mode without differential privacy: nobody's records may dominate.
 _MOST_WINDOWS = 50
@@ -92,13 +109,8 @@ class DonationPlan:
         )
         recipe = canonical.as_mapping(training["recipe"])
         loop = canonical.as_mapping(training["loop"])
-        changes: dict[str, Any] = {
-            name: recipe[name] for name in ("rank", "alpha", "blocks", "position") if name in recipe
-        }
-        names = (
-            "steps", "batch_windows", "accumulation", "learning_rate", "seed", "checkpointing",
-        )  # fmt: skip
-        changes |= {name: loop[name] for name in names if name in loop}
+        changes = {name: read(recipe[name]) for name, read in _RECIPE.items() if name in recipe}
+        changes |= {name: read(loop[name]) for name, read in _LOOP.items() if name in loop}
         return replace(
             self,
             mode=str(plan.mode),
@@ -110,6 +122,18 @@ class DonationPlan:
             holdout=canonical.as_number(training["holdout"]),
             **changes,
         )
+
+    @classmethod
+    def planned_by(cls, plan: PrivacyPlan) -> DonationPlan:
+        """The donation that a privacy plan would pay for, but for its data and card.
+
+        Raises:
+            RejectedError: AG-PRV-052 if no donation trains as the plan says; as `under`, `check`.
+        """
+        bare = cls("", plan.kind, Path(), str(plan.mode), "", "", "").under(plan).check()
+        if bare.planned_json() != dict(plan.training):
+            raise RejectedError("AG-PRV-052", "no donation trains as the plan says")
+        return bare
 
     @property
     def windows_per_person(self) -> int:
@@ -133,6 +157,9 @@ class DonationPlan:
             raise RejectedError("AG-IN-003", "validity and retention last 1 to 3650 days")
         for text in (self.domain, self.language, self.purpose):
             canonical.as_line(text)
+        # Written so that NaN refuses.
+        if not 0 < self.holdout < 1:
+            raise RejectedError("AG-IN-003", "the share of held-out persons is not between 0 and 1")
         self.loop().check()
         self.admitted()
         if self.is_protected != bool(self.privacy_plan):

@@ -18,6 +18,7 @@ from allograft.limits import LIMITS
 from allograft.plainfile import read_plain
 from allograft.privacy.plan import PrivacyPlan, read_plan, sign_plan, verify_plan
 from allograft.privacy.scan import check_envelope
+from allograft_client.plan import DonationPlan
 from allograft_client.site import Site
 
 _DRAFT = ".draft.json"
@@ -38,10 +39,12 @@ def file_draft(site: Site, plan: PrivacyPlan) -> FiledPlan:
     """Write a draft.
 
     Raises:
-        RejectedError: AG-PRV-050 to -053 if it could not be signed.
+        RejectedError: AG-PRV-050 to -053 if it could not be signed; as `DonationPlan.planned_by`
+            if no donation could be made under it.
         UnavailableError: AG-STO-001 if the disk is full.
     """
     plan.check()
+    DonationPlan.planned_by(plan)
     path = _directory(site) / f"{plan.plan_id}{_DRAFT}"
     durable_write(path, plan.to_statement() + b"\n")
     return FiledPlan(plan, path, False)
@@ -95,8 +98,9 @@ def sign_draft(site: Site, prefix: str) -> FiledPlan:
     """Sign a draft; one that is signed already is returned as it is.
 
     Raises:
-        RejectedError: As `find_plan`; AG-PRV-052 for another site's draft, AG-PRV-021 if its text
-            looks like an identifier; as `Site.matchers` for the identifier list.
+        RejectedError: As `find_plan` and `file_draft`, for a draft that was edited; AG-PRV-052 for
+            another site's draft, AG-PRV-014 if it costs more than the policy allows, AG-PRV-021 if
+            its text looks like an identifier; as `Site.matchers` for the identifier list.
         UnavailableError: AG-STO-001 if the disk is full, AG-STO-005 as `Site.matchers`.
     """
     found = find_plan(site, prefix)
@@ -104,12 +108,26 @@ def sign_draft(site: Site, prefix: str) -> FiledPlan:
         return found
     if found.plan.donor != site.name:
         raise RejectedError("AG-PRV-052", "the plan is another site's")
+    DonationPlan.planned_by(found.plan)
+    check_cost(site, found.plan)
     path = _directory(site) / f"{found.plan.plan_id}{_SIGNED}"
     signed = sign_plan(found.plan, site.key)
     # It travels with the packet. Later would be too late: the plan's run is paid for by then.
     check_envelope(signed, "the privacy plan", site.matchers)
     durable_write(path, signed)
     return FiledPlan(found.plan, path, True)
+
+
+def check_cost(site: Site, plan: PrivacyPlan) -> None:
+    """Refuse a plan that costs more than the policy allows one donation, if there is a policy.
+
+    Raises:
+        RejectedError: AG-PRV-014, AG-PRV-002 for a policy that cannot be read.
+    """
+    epsilon = plan.epsilon()
+    if plan.constants is None or epsilon is None or not site.home.policy_file.exists():
+        return
+    site.policy().check_cost(epsilon, plan.constants.delta)
 
 
 def _named(found: FiledPlan, plan_id: str) -> FiledPlan:

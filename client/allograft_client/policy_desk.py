@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where a site's policy is read, signed and compared with what was signed last.
 
-Invariant: signing reads the file once; the bytes that are shown, judged and signed are the same.
+Invariants: signing reads the file once; the bytes that are shown, judged and signed are the same.
+What was signed last is remembered in the site's database as well, so that a weaker policy is called
+weaker when `policy.toml.sig` was removed, damaged or replaced by an older one.
 """
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -18,6 +21,9 @@ from allograft.plainfile import read_plain
 from allograft.privacy.policy import Policy, parse_policy, read_policy, read_policy_bytes
 from allograft.privacy.signed_policy import SignedPolicy, sign_policy, verify_policy, weaker_fields
 from allograft_client.settings import Home
+from allograft_client.store import Store
+
+_LAST = "policy-signed-last"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +46,21 @@ class PolicyState:
         return self.signed is not None and self.signed.policy.digest == self.policy.digest
 
 
+@dataclass(frozen=True, slots=True)
+class Signing:
+    """A policy that was just signed.
+
+    Attributes:
+        signed: What stands in `policy.toml.sig` now.
+        before: What it was compared with: the policy that was signed last; None if none is known.
+        note: What a person must know of that comparison; empty if the old signature stood there.
+    """
+
+    signed: SignedPolicy
+    before: SignedPolicy | None
+    note: str
+
+
 def read_state(home: Home) -> PolicyState:
     """Compare the policy with what was signed last.
 
@@ -51,25 +72,66 @@ def read_state(home: Home) -> PolicyState:
     return PolicyState(policy, signed, weaker_fields(signed.policy, policy) if signed else ())
 
 
-def sign(home: Home, role: str) -> SignedPolicy:
+def sign(home: Home, role: str) -> Signing:
     """Sign the policy as it stands and keep it as the last signed one.
 
     Raises:
         RejectedError: AG-PRV-001 or -002 for the policy, AG-PRV-008 or -021 for the role.
-        UnavailableError: AG-STO-001 when the disk is full, AG-STO-003 if `init` has not run here.
+        UnavailableError: AG-STO-001 when the disk is full, AG-STO-003 if `init` has not run here,
+            AG-STO-004 if the database is damaged.
     """
     content = read_policy_bytes(home.policy_file)
     parse_policy(content)
     key = keystore.read_signing_key(home.path("keys", "signing.pem"))
+    with contextlib.closing(Store(home.database)) as store:
+        before, note = _find_last(home, key.public, store)
+        now = canonical.format_time(datetime.now(UTC).replace(microsecond=0))
+        envelope = sign_policy(content, role, now, key, before)
+        durable_write(home.policy_signature, envelope)
+        # After the file: a kill between the two leaves the newer one there, and it is found.
+        _remember(store, content, role, now)
+    return Signing(verify_policy(envelope, (key.public,)), before, note)
+
+
+def _find_last(home: Home, key: VerifyKey, store: Store) -> tuple[SignedPolicy | None, str]:
+    """The policy that was signed last, from its file or from memory, and where it is not as usual.
+
+    A damaged signature must not stand in the way of a new one.
+    """
     try:
-        before = _read_signed(home, key.public)
+        filed = _read_signed(home, key)
+        state = "missing" if filed is None else "older than what was signed last"
     except RejectedError:
-        # A damaged signature must not stand in the way of a new one; there is nothing to compare.
-        before = None
-    now = canonical.format_time(datetime.now(UTC).replace(microsecond=0))
-    envelope = sign_policy(content, role, now, key, before)
-    durable_write(home.policy_signature, envelope)
-    return verify_policy(envelope, (key.public,))
+        filed, state = None, "damaged or by another key"
+    remembered = _recall(store)
+    if remembered is None:
+        if filed is not None:
+            return filed, ""
+        if state == "missing":
+            return None, "No signed policy is known here: there was nothing to compare with."
+        return (
+            None,
+            f"policy.toml.sig was {state}, and none is remembered: nothing to compare with.",
+        )
+    if filed is not None and filed.time >= remembered.time:
+        return filed, ""
+    return remembered, f"policy.toml.sig was {state}; compared with what site.db remembers of it."
+
+
+def _remember(store: Store, content: bytes, role: str, time: str) -> None:
+    value = {"policy": content.decode("utf-8"), "role": role, "time": time}
+    store.set_setting(_LAST, canonical.dumps(value).decode("utf-8"))
+
+
+def _recall(store: Store) -> SignedPolicy | None:
+    """What the database remembers; None if that is nothing or no policy of this version."""
+    try:
+        value = canonical.loads(store.setting(_LAST).encode("utf-8"))
+        fields = canonical.as_object(value, {"policy", "role", "time"})
+        text, role, time = (canonical.as_text(fields[name]) for name in ("policy", "role", "time"))
+        return SignedPolicy(parse_policy(text.encode("utf-8")), role, time, ())
+    except RejectedError:
+        return None
 
 
 def read_signature(home: Home) -> bytes | None:

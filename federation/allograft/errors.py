@@ -634,8 +634,8 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
         ),
         "AG-PRV-007": ErrorCode(
             "the policy file differs from the one that was signed",
-            "See what became weaker with `allograft-site policy check`, then restore the file or "
-            "sign it anew.",
+            "Restore the file that was signed, or let the responsible role read what became weaker "
+            "and run `allograft-site policy sign --role ROLE`.",
         ),
         "AG-PRV-008": ErrorCode(
             "the policy's signature is malformed or not by this site's key",
@@ -665,7 +665,8 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
         ),
         "AG-PRV-014": ErrorCode(
             "a privacy plan or domain asks for more than the signed policy allows",
-            "Plan more noise, or let the responsible roles change and sign the policy.",
+            "Plan more noise, open the domain with less, or let the responsible roles change and "
+            "sign the policy.",
         ),
         "AG-PRV-015": ErrorCode(
             "what was learnt on top of others' packets may not be passed on like this",
@@ -747,6 +748,11 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
             "Make and sign a plan of its own for every run, with the model, kind and training "
             "that the donation will have.",
         ),
+        "AG-PRV-059": ErrorCode(
+            "a privacy domain or the role that declares it has no usable name",
+            "Name the domain and the role by lower-case letters, digits and dashes, at most 63; "
+            "never name a person.",
+        ),
         "AG-PRV-060": ErrorCode(
             "the privacy ledger was altered, or is not this site's",
             "Make no more packets; compare the file with a backup and with the heads in dossiers.",
@@ -766,8 +772,11 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
             "Spent budget never comes back.",
         ),
         "AG-PRV-064": ErrorCode(
-            "the clock stands before the last entry of the privacy ledger",
-            "Set the clock right; nothing was written.",
+            "the clock does not fit the privacy ledger: before its last entry, or long after the "
+            "roster's end",
+            "Set the clock right; nothing was written. If it is right: after an entry that a wrong "
+            "clock dated ahead wait for that time, as no entry is taken back; with an old roster "
+            "run the daemon until the coordinator has sent a new one.",
         ),
         "AG-PRV-065": ErrorCode(
             "a reservation was used, ended or stated differently before",
@@ -786,7 +795,7 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
             "Try again; entries take milliseconds. If it stays, find the process that hangs.",
         ),
         "AG-PRV-069": ErrorCode(
-            "the privacy ledger is shorter than it was: it was cut or rolled back",
+            "the privacy ledger is shorter than it was: it was cut, rolled back or removed",
             "Restore the newest copy; until then nothing can be spent. Never start a new ledger "
             "for the same people.",
         ),

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """`allograft-site policy` as the operator types it."""
 
+import contextlib
 import json
 import stat
+from datetime import datetime, timedelta
 
 import pytest
 
+from allograft_client import policy_desk
+from allograft_client.store import Store
 from kit.founding import run_site, run_site_json
 
 POLICY = """version = 1
@@ -15,6 +19,14 @@ kinds = ["organ"]
 recipients = ["riverside"]
 approvals = ["data-owner", "privacy-officer"]
 """
+
+
+class Yesterday(datetime):
+    """A clock of the day before."""
+
+    @classmethod
+    def now(cls, tz=None):
+        return datetime.now(tz) - timedelta(days=1)
 
 
 @pytest.fixture
@@ -59,6 +71,80 @@ def test_a_weakened_policy_names_its_fields_until_it_is_signed_again(state, caps
     signed = policy(capsys, state, "sign", "--role", "privacy-officer")
     assert signed["weaker"] == ["donate.recipients", "audit.min_population_dp"]
     assert policy(capsys, state, "check")["weaker"] == []
+
+
+def test_a_first_signature_says_that_there_is_nothing_to_compare_with(state, capsys):
+    _, out, _ = run_site(capsys, "policy", "sign", "--role", "privacy-officer", "--state", state)
+    assert "nothing to compare with" in out
+    again = policy(capsys, state, "sign", "--role", "privacy-officer")
+    assert again["note"] == ""
+    assert again["compared_with"]["digest"] == again["digest"]
+
+
+def remove(path, _first):
+    path.unlink()
+
+
+def damage(path, _first):
+    path.write_bytes(path.read_bytes().replace(b'"sig":"', b'"sig":"AAAA'))
+
+
+def truncate(path, _first):
+    path.write_bytes(b"")
+
+
+def roll_back(path, first):
+    path.write_bytes(first)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [(remove, "was missing"), (damage, "was damaged"), (truncate, "was damaged"),
+     (roll_back, "was older")],
+)  # fmt: skip
+def test_a_weaker_policy_is_called_weaker_without_its_signature(
+    state, capsys, monkeypatch, spoil, words
+):
+    """What was signed last is remembered beside the file."""
+    (state / "policy.toml").write_text(POLICY.replace('["riverside"]', '["*"]'))
+    with monkeypatch.context() as patch:
+        patch.setattr(policy_desk, "datetime", Yesterday)
+        policy(capsys, state, "sign", "--role", "privacy-officer")
+    first = (state / "policy.toml.sig").read_bytes()
+    (state / "policy.toml").write_text(POLICY)
+    last = policy(capsys, state, "sign", "--role", "privacy-officer")
+    (state / "policy.toml").write_text(POLICY.replace('["riverside"]', '["*"]'))
+    spoil(state / "policy.toml.sig", first)
+    signed = policy(capsys, state, "sign", "--role", "privacy-officer")
+    assert signed["weaker"] == ["donate.recipients"]
+    assert signed["compared_with"]["digest"] == last["digest"]
+    assert words in signed["note"]
+
+
+def test_a_damaged_signature_of_which_nothing_is_remembered_is_told(state, capsys):
+    policy(capsys, state, "sign", "--role", "privacy-officer")
+    with contextlib.closing(Store(state / "site.db")) as store:
+        store.set_setting(policy_desk._LAST, "")
+    truncate(state / "policy.toml.sig", b"")
+    signed = policy(capsys, state, "sign", "--role", "privacy-officer")
+    assert signed["compared_with"] is None
+    assert "damaged" in signed["note"]
+
+
+def test_a_signature_whose_signing_was_killed_halfway_counts(state, capsys, monkeypatch):
+    """The file is written before the memory, so it is the newer of the two."""
+    with monkeypatch.context() as patch:
+        patch.setattr(policy_desk, "datetime", Yesterday)
+        (state / "policy.toml").write_text(POLICY.replace('["riverside"]', '["*"]'))
+        policy(capsys, state, "sign", "--role", "privacy-officer")
+    (state / "policy.toml").write_text(POLICY)
+    with monkeypatch.context() as patch:
+        patch.setattr(policy_desk, "_remember", lambda *_: None)
+        policy(capsys, state, "sign", "--role", "privacy-officer")
+    (state / "policy.toml").write_text(POLICY.replace('["riverside"]', '["*"]'))
+    assert policy(capsys, state, "sign", "--role", "privacy-officer")["weaker"] == [
+        "donate.recipients"
+    ]
 
 
 def test_open_mode_needs_no_signature(state, capsys):

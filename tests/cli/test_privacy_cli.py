@@ -4,6 +4,8 @@
 import json
 import shutil
 from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
 
 import pytest
 
@@ -29,7 +31,16 @@ from allograft_client.options import open_state
 from allograft_client.plan_files import find_plan
 from allograft_client.rows import ModelRow, PacketRow
 from allograft_client.settings import Home
+from allograft_client.site import Site
 from kit.founding import Founded, run_site, run_site_json
+
+POLICY = """version = 1
+[donate]
+modes = ["strict"]
+kinds = ["lora"]
+recipients = ["*"]
+approvals = ["data-owner"]
+"""
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +50,7 @@ def joined(tmp_path_factory):
     create_site(home, "hospital-a", 365)
     founded.enrol(home.root)
     join_consortium(home, read_invitation(founded.publish()), founded.keeper.fingerprint)
+    home.policy_file.write_text(POLICY)
     add_model(home.root)
     return home.root
 
@@ -121,11 +133,53 @@ def test_loop_parameters_tell_nothing_of_the_data(state, capsys) -> None:
     ("more", "refused"),
     [(("--mode", "open"), (1, "AG-PRV-053")), (("--target-epsilon", "1e-9"), (1, "AG-PRV-055")),
      (("--sampling-rate", "0.9"), (1, "AG-PRV-050")), (("--clip", "1.2345"), (1, "AG-PRV-051")),
-     (("--delta", "1e-3"), (2, "")), (("--model", "unknown"), (1, "AG-SIT-003"))],
+     (("--delta", "1e-3"), (2, "")), (("--model", "unknown"), (1, "AG-SIT-003")),
+     (("--clip", "1e39"), (1, "AG-PRV-050")), (("--clip", "1e-7"), (1, "AG-PRV-050")),
+     (("--clip", "nan"), (1, "AG-PRV-050")), (("--holdout", "1.5"), (1, "AG-IN-003")),
+     (("--holdout", "nan"), (1, "AG-PRV-052")), (("--kind", "foo"), (1, "AG-IN-003")),
+     (("--learning-rate", "nan"), (1, "AG-PRV-052")), (("--learning-rate", "0"), (1, "AG-RCP-035")),
+     (("--alpha", "inf"), (1, "AG-PRV-052")), (("--rank", str(10**30)), (1, "AG-PRV-052")),
+     (("--people-at-least", str(10**18), "--delta", "1e-20"), (1, "AG-PRV-050"))],
 )  # fmt: skip
 def test_refuses_a_plan_that_promises_nothing(state, capsys, more, refused) -> None:
     command = ("plan", "new", "--model", "notes", "--domain", "d", "--target-epsilon", 3)
     assert refusal(capsys, *command, *more, "--state", state) == refused
+
+
+def test_a_plan_above_the_policy_is_warned_of_and_not_signed(state, capsys) -> None:
+    (state / "policy.toml").write_text(POLICY + "[audit]\ndonation_epsilon = 2.9\n")
+    made = draft(capsys, state)
+    assert [words.split(":")[0] for words in made["warnings"]] == ["AG-PRV-014"]
+    _, out, _ = run_site(capsys, "plan", "show", made["plan_id"], "--state", state)
+    assert "Warning: AG-PRV-014" in out
+    sign = ("plan", "sign", made["plan_id"], "--state", state)
+    assert refusal(capsys, *sign) == (1, "AG-PRV-014")
+    (state / "policy.toml").write_text(POLICY + "[audit]\nmax_delta = 1e-7\n")
+    assert refusal(capsys, *sign) == (1, "AG-PRV-014")
+    (state / "policy.toml").write_text(POLICY)
+    assert run_site_json(capsys, *sign)["warnings"] == []
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "code"),
+    [(("kind",), "foo", "AG-IN-003"), (("training", "holdout"), 1.5, "AG-IN-003"),
+     (("training", "loop", "steps"), "many", "AG-IN-003"),
+     (("training", "loop", "learning_rate"), 0, "AG-RCP-035"),
+     (("training", "loop", "warmup_steps"), 20, "AG-PRV-052")],
+)  # fmt: skip
+def test_refuses_to_sign_an_edited_draft_that_could_never_run(
+    state, capsys, path, value, code
+) -> None:
+    made = draft(capsys, state)
+    file = Path(made["path"])
+    document = json.loads(file.read_bytes())
+    level = document["predicate"]
+    for name in path[:-1]:
+        level = level[name]
+    level[path[-1]] = value
+    file.write_text(json.dumps(document))
+    assert refusal(capsys, "plan", "sign", made["plan_id"], "--state", state) == (1, code)
+    assert not (file.parent / f"{made['plan_id']}.json").exists()
 
 
 def test_mode_measured_may_go_without_constants_and_strict_may_not(state, capsys) -> None:
@@ -160,7 +214,48 @@ def test_the_ledger_starts_with_its_first_domain(state, capsys) -> None:
     assert made["rdp_cap"] == pytest.approx(4.145, abs=1e-3)
     assert open_cardiology(capsys, state) == made
     again = ("ledger", "open-domain", "cardiology", "--declared-by", "data-owner")
-    assert refusal(capsys, *again, "--epsilon", 9, "--state", state) == (1, "AG-PRV-061")
+    assert refusal(capsys, *again, "--epsilon", 7, "--state", state) == (1, "AG-PRV-061")
+
+
+@pytest.mark.parametrize(
+    ("domain", "role", "more", "code"),
+    [("Mueller Hans", "data-owner", (), "AG-PRV-059"), ("ward", "Dr. Jane", (), "AG-PRV-059"),
+     ("record-number-12345678", "data-owner", (), "AG-PRV-021"),
+     ("ward", "data-owner", ("--epsilon", 50), "AG-PRV-014"),
+     ("ward", "data-owner", ("--epsilon", "nan"), "AG-PRV-061"),
+     ("ward", "data-owner", ("--delta", "1e-3"), "AG-PRV-014"),
+     ("ward", "data-owner", ("--order", 7), "AG-PRV-061")],
+)  # fmt: skip
+def test_a_domain_that_nothing_could_be_made_in_is_never_opened(
+    state, capsys, domain, role, more, code
+) -> None:
+    command = ("ledger", "open-domain", domain, "--declared-by", role)
+    assert refusal(capsys, *command, *more, "--state", state) == (1, code)
+    assert not (state / "privacy").exists()
+
+
+def test_no_domain_is_opened_before_there_is_a_policy(state, capsys) -> None:
+    (state / "policy.toml").unlink()
+    command = ("ledger", "open-domain", "ward", "--declared-by", "data-owner", "--state", state)
+    assert refusal(capsys, *command) == (1, "AG-PRV-001")
+    assert not (state / "privacy").exists()
+
+
+def test_a_clock_that_ran_ahead_writes_no_entry(state, capsys, monkeypatch) -> None:
+    """Whatever it would have dated, nothing could follow before that date."""
+    site = open_state(state)
+    expires = site.trust.latest_roster().expires
+    ahead = ((timedelta(days=90, seconds=1), "first"), (timedelta(days=18_000), "second"))
+    for distance, domain in ahead:
+        with monkeypatch.context() as patch:
+            patch.setattr(Site, "now", lambda _site, by=distance: expires + by)
+            limits = DomainOpened(domain, 8.0, 1e-6, 4, "data-owner")
+            with pytest.raises(RejectedError, match="AG-PRV-064"):
+                Budget(site).open_domain(limits)
+    assert open_cardiology(capsys, state)["domain"] == "cardiology"
+    with monkeypatch.context() as patch:
+        patch.setattr(Site, "now", lambda _site: expires + timedelta(days=90))
+        assert Budget(site).open_domain(DomainOpened("late", 8.0, 1e-6, 4, "data-owner"))
 
 
 def test_shows_what_was_spent_on_whom_and_what_is_left(state, capsys) -> None:
@@ -198,7 +293,11 @@ def test_the_database_remembers_a_ledger_that_was_replaced(state, capsys) -> Non
     Budget(site).reserve(charge_for(find_plan(site, plan_id).plan))
     shutil.rmtree(state / "privacy")
     again = ("ledger", "open-domain", "other", "--declared-by", "data-owner")
-    assert refusal(capsys, *again, "--state", state) == (3, "AG-STO-003")
+    assert refusal(capsys, *again, "--state", state) == (1, "AG-PRV-069")
+    assert refusal(capsys, "ledger", "show", "--state", state) == (1, "AG-PRV-069")
+    (state / "privacy").mkdir()
+    assert refusal(capsys, *again, "--state", state) == (1, "AG-PRV-069")
+    shutil.rmtree(state / "privacy")
     shutil.copytree(state / "old", state / "privacy")
     assert refusal(capsys, *again, "--state", state) == (1, "AG-PRV-069")
     assert refusal(capsys, "ledger", "show", "--state", state) == (1, "AG-PRV-069")

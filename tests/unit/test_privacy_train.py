@@ -91,6 +91,18 @@ def norm_of(tensors) -> float:
     return math.sqrt(sum(float(t.double().square().sum()) for t in tensors))
 
 
+@pytest.mark.parametrize(("scale", "tells"), [(1e-9, False), (1e-6, True), (1e9, True)])
+def test_the_self_test_clips_within_the_range_of_a_clip_norm(scale, tells) -> None:
+    """The tenth of a gradient may lie outside; then the range's end clips it, or nothing does."""
+    weight = nn.Parameter(torch.zeros(5))
+    way = PersonLoop([weight], lambda person: (weight * (person + 1)).sum() * scale)
+    if tells:
+        check_step([weight], CONSTANTS, 9, way)
+        return
+    with pytest.raises(RejectedError, match="AG-PRV-080"):
+        check_step([weight], CONSTANTS, 9, way)
+
+
 class TestCoinsAndNoise:
     def test_every_person_has_a_coin_of_its_own(self) -> None:
         stream = SecureStream().read
@@ -105,6 +117,9 @@ class TestCoinsAndNoise:
         expected = stats.binom(50, 0.1).pmf(range(51)) * 4000
         assert abs(np.mean(sizes) - 5) < 6 * math.sqrt(4.5 / 4000)
         assert np.bincount(sizes, minlength=51)[0] == pytest.approx(expected[0], abs=40)
+
+    def test_a_chance_of_one_draws_everybody(self) -> None:
+        assert draw_persons(5, 1.0, SecureStream().read).tolist() == [0, 1, 2, 3, 4]
 
     def test_normals_are_normal(self) -> None:
         normals = draw_normals(200_001, SecureStream().read)

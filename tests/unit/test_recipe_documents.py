@@ -10,9 +10,11 @@ import torch
 from hypothesis import given, strategies as st
 
 from allograft.errors import RejectedError
+from allograft.privacy.population import Population
 from allograft.recipes.documents import (
     Document,
     drop_near_duplicates,
+    group_persons,
     read_documents,
     split_documents,
 )
@@ -77,12 +79,36 @@ def test_reads_a_byte_order_mark_as_nothing(tmp_path: Path) -> None:
         ("a.jsonl", b'{"body": "x"}'),
         ("a.jsonl", b'{"text": 3}'),
         ("a.jsonl", b'{"prompt": "x"}'),
+        ("a.jsonl", b"[" * 100_000),
+        ("a.jsonl", b'{"text": "x", "more": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
+        ("a.jsonl", b'{"text": "half \\ud800 a character"}'),
+        ("a.jsonl", b'{"prompt": "\\udfff", "completion": "x"}'),
     ],
 )
 def test_refuses_unreadable_text(name: str, content: bytes, tmp_path: Path) -> None:
     with pytest.raises(RejectedError, match="AG-RCP-031") as caught:
         read_documents(write(tmp_path / name, content))
     assert "caf" not in str(caught.value)  # never quotes what it read
+
+
+def test_refuses_half_a_character_in_a_persons_id(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '{"text": "x", "person": "a\\ud800"}')
+    with pytest.raises(RejectedError, match="AG-RCP-031"):
+        read_documents(path, "person")
+
+
+def test_a_whole_surrogate_pair_is_one_character(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '{"text": "\\ud83d\\ude00"}')
+    assert read_documents(path) == [Document("\U0001f600")]
+
+
+def test_a_person_is_one_unit_however_the_id_is_composed(tmp_path: Path) -> None:
+    """As one unit in training as in the register, or its gradient would be clipped twice."""
+    ids = ["M\u00fcller-1", "Mu\u0308ller-1", " M\u00fcller-1\u00a0"]
+    lines = [json.dumps({"text": str(number), "person": who}) for number, who in enumerate(ids)]
+    persons = group_persons(read_documents(write(tmp_path / "a.jsonl", "\n".join(lines)), "person"))
+    assert {who: len(found) for who, found in persons.items()} == {"M\u00fcller-1": 3}
+    assert len(Population(tmp_path, b"k" * 32)._digests(ids)) == len(persons)
 
 
 def test_refuses_missing_and_damaged_files(tmp_path: Path) -> None:

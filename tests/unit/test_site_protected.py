@@ -185,8 +185,12 @@ class TestPlan:
         assert refusal(donor.plan_donation, two[A].site, unplanned) == "AG-PRV-053"
 
     def test_more_than_the_policy_allows_is_refused_before_anything_is_spent(self, two) -> None:
-        weak = replace(CONSTANTS, noise_multiplier=0.6, sampling_rate=0.05)
-        packet_id = donate(two, planned(two[A], constants=weak))
+        weak = replace(CONSTANTS, noise_multiplier=0.8, sampling_rate=0.03)
+        assert refusal(lambda: planned(two[A], constants=weak, purpose="other")) == "AG-PRV-014"
+        two[A].home.policy_file.write_text(NAMED + "donation_epsilon = 8.0\n")
+        plan = planned(two[A], constants=weak)
+        two[A].home.policy_file.write_text(NAMED)
+        packet_id = donate(two, plan)
         assert state(two, A, packet_id) == ("refused", "AG-PRV-014")
         assert account(two).reserved == ()
         assert two[A].runner.tasks == []

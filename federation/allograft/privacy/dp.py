@@ -7,7 +7,6 @@ used. Two populations are neighbours if one has one person more. Free of tensor 
 
 from __future__ import annotations
 
-import math
 from dataclasses import asdict, dataclass
 
 from allograft.crypto import canonical
@@ -16,6 +15,12 @@ from allograft.errors import RejectedError
 #: A constant may have so many significant digits. What follows from the size of a data set needs
 #: more, so a plan cannot carry it (Opacus issue 819: q = batch / N tells N apart from N + 1).
 SIGNIFICANT_DIGITS = 3
+
+#: Within these a clip norm, and the noise that it scales, are neither lost nor infinite in float32.
+CLIP_NORMS = (1e-6, 1e6)
+
+#: People in a step; more than live. Numbers beyond 2**53 are no JSON integers either.
+_MOST_DIVISOR = 1e10
 
 _FIELDS = (
     "sampling_rate", "noise_multiplier", "steps", "clip_norm", "divisor", "delta",
@@ -57,8 +62,8 @@ class DpConstants:
             0 < self.sampling_rate <= 0.5
             and 0.3 <= self.noise_multiplier <= 1000
             and 1 <= self.steps <= 1_000_000
-            and 0 < self.clip_norm < math.inf
-            and 1 <= self.divisor < math.inf
+            and CLIP_NORMS[0] <= self.clip_norm <= CLIP_NORMS[1]
+            and 1 <= self.divisor <= _MOST_DIVISOR
             and 0 < self.delta <= 1e-3
             and 1 <= self.windows_per_person <= 1000
         )

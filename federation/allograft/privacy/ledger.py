@@ -110,6 +110,19 @@ class DomainOpened:
     order: int
     declared_by: str
 
+    def check(self) -> None:
+        """Refuse what no ledger records, before one is started for it.
+
+        Raises:
+            RejectedError: AG-PRV-059 for a name or role of the wrong form, AG-PRV-061 for limits
+                out of range.
+        """
+        if not _DOMAIN.fullmatch(self.domain):
+            raise RejectedError("AG-PRV-059", "the domain's name is not of a-z, 0-9 and dashes")
+        if not _ROLE.fullmatch(self.declared_by):
+            raise RejectedError("AG-PRV-059", "who declares it is not a role of a-z, 0-9, dashes")
+        _cap(self)
+
 
 @dataclass(frozen=True, slots=True)
 class Charge:

@@ -28,7 +28,7 @@ from pathlib import Path
 
 from allograft.crypto.keys import SigningKey, VerifyKey
 from allograft.durable import durable_write, locked_directory, storage_errors, sync_directory
-from allograft.errors import RejectedError, UnavailableError
+from allograft.errors import AllograftError, RejectedError, UnavailableError
 from allograft.limits import LIMITS
 from allograft.plainfile import read_plain
 from allograft.privacy.ledger import (
@@ -58,8 +58,9 @@ class LedgerFile:
 
     Every method takes the directory's lock for some milliseconds, so the daemon and a command may
     use it at once. All of them raise RejectedError AG-PRV-060 if the ledger was altered, AG-PRV-069
-    if it was cut, and UnavailableError AG-PRV-068 if the lock is held, AG-STO-001 if the disk
-    refuses, AG-STO-003 if there is no ledger.
+    if it was cut or is gone although `known` says that there was one, and UnavailableError
+    AG-PRV-068 if the lock is held, AG-STO-001 if the disk refuses, AG-STO-003 if there never was a
+    ledger.
 
     Attributes:
         directory: Where it is.
@@ -104,7 +105,7 @@ class LedgerFile:
         Args:
             known: What is remembered of it elsewhere, such as in the site's database.
         """
-        with self._lock():
+        with self._lock(known):
             return self._recover(known)
 
     def head(self, known: Head = EMPTY) -> Head:
@@ -115,9 +116,10 @@ class LedgerFile:
         """Fix a domain's limits; the same limits again change nothing.
 
         Raises:
-            RejectedError: AG-PRV-061 for limits out of range or others than before, AG-PRV-064 for
-                the clock.
+            RejectedError: AG-PRV-059 for a name or role, AG-PRV-061 for limits out of range or
+                others than before, AG-PRV-064 for the clock.
         """
+        limits.check()
         return self._record(limits, now, known)
 
     def reserve(self, charge: Charge, now: datetime, known: Head = EMPTY) -> Reserved:
@@ -151,7 +153,7 @@ class LedgerFile:
         return self._record(release, now, known)
 
     def _record(self, act: Act, now: datetime, known: Head) -> Ledger:
-        with self._lock():
+        with self._lock(known):
             ledger = self._recover(known)
             if ledger.is_done(act):
                 return ledger
@@ -184,7 +186,7 @@ class LedgerFile:
                 os.close(descriptor)
 
     def _recover(self, known: Head) -> Ledger:
-        head = self._read_head()
+        head = self._read_head(known)
         try:
             content = read_plain(self._file, LIMITS.ledger_bytes, follow_links=False)
         except FileNotFoundError as error:
@@ -217,13 +219,13 @@ class LedgerFile:
                 raise RejectedError("AG-PRV-060", f"line {number}: {error.cause}") from error
         return ledger
 
-    def _read_head(self) -> Head:
+    def _read_head(self, known: Head = EMPTY) -> Head:
         try:
             content = read_plain(self._head_file, _HEAD_BYTES, follow_links=False)
         except FileNotFoundError as error:
             if self._file.exists():
                 raise RejectedError("AG-PRV-069", f"{_HEAD} is gone") from error
-            raise UnavailableError("AG-STO-003", "there is no privacy ledger") from error
+            raise _gone(known) from error
         except RejectedError as error:
             raise RejectedError("AG-PRV-060", error.cause) from error
         return Head.from_text(content.decode("ascii", "replace"))
@@ -236,10 +238,17 @@ class LedgerFile:
     def _head_file(self) -> Path:
         return self.directory / _HEAD
 
-    def _lock(self) -> AbstractContextManager[None]:
+    def _lock(self, known: Head = EMPTY) -> AbstractContextManager[None]:
         if not self.directory.is_dir():
-            raise UnavailableError("AG-STO-003", "there is no privacy ledger")
+            raise _gone(known)
         return locked_directory(self.directory, "AG-PRV-068")
+
+
+def _gone(known: Head) -> AllograftError:
+    """Why there is no ledger: one that is remembered was removed, and trying again is no remedy."""
+    if known == EMPTY:
+        return UnavailableError("AG-STO-003", "there is no privacy ledger")
+    return RejectedError("AG-PRV-069", f"the ledger is gone, {known.count} entries are known")
 
 
 def _cut(content: bytes) -> tuple[list[bytes], bytes]:

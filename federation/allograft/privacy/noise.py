@@ -24,12 +24,14 @@ def draw_persons(count: int, rate: float, random_bytes: RandomBytes) -> npt.NDAr
 
     Args:
         count: How many persons there are.
-        rate: The chance of each.
+        rate: The chance of each; 1 means everybody.
         random_bytes: Where the coins come from; eight bytes for each person.
 
     Returns:
         int64 [drawn], ascending; often empty for small populations.
     """
+    if rate >= 1:
+        return np.arange(count, dtype=np.int64)  # 2**64 is beyond what a coin can be held against
     coins = np.frombuffer(random_bytes(8 * count), dtype="<u8")
     return np.flatnonzero(coins < np.uint64(int(rate * 2.0**64)))
 

@@ -75,6 +75,7 @@ class PrivacyPlan:
             RejectedError: AG-PRV-050 or -051 for a constant, AG-PRV-052 if malformed, AG-PRV-053
                 if mode and constants do not fit.
         """
+        _check_training(self.training)  # first: what is no JSON number has no statement
         return read_plan(self.to_statement())
 
     def to_statement(self) -> bytes:
@@ -233,6 +234,9 @@ def _check_level(level: Mapping[str, canonical.Json], depth: int) -> int:
 
 
 def _check_digits(name: str, value: float) -> None:
+    # Written so that NaN refuses.
+    if not abs(value) < 2**53:
+        raise RejectedError("AG-PRV-052", f"training: {name} is not a finite number below 2^53")
     is_power_of_two = isinstance(value, int) and value > 0 and value & (value - 1) == 0
     if not is_power_of_two and float(f"{value:.{SIGNIFICANT_DIGITS}g}") != value:
         raise RejectedError("AG-PRV-051", f"training: {name} has more than three digits")

@@ -230,6 +230,40 @@ class Policy:
         if ANY_SITE in self.donate.recipients or not self.donate.recipients:
             raise RejectedError("AG-PRV-009", "mode measured needs named donate.recipients, no `*`")
 
+    def check_domain(self, epsilon: float, delta: float) -> None:
+        """Refuse a privacy domain under whose limits this policy would let nothing be made.
+
+        Raises:
+            RejectedError: AG-PRV-014.
+        """
+        # Written so that NaN refuses, here and below.
+        if not epsilon <= self.audit.domain_epsilon:
+            most = self.audit.domain_epsilon
+            raise RejectedError(
+                "AG-PRV-014", f"the domain's epsilon is above audit.domain_epsilon, {most:g}"
+            )
+        self._check_delta("domain", delta)
+
+    def check_cost(self, epsilon: float, delta: float) -> None:
+        """Refuse a privacy plan that costs more than this policy allows one donation.
+
+        Raises:
+            RejectedError: AG-PRV-014.
+        """
+        if not epsilon <= self.audit.donation_epsilon:
+            most = self.audit.donation_epsilon
+            raise RejectedError(
+                "AG-PRV-014", f"the plan's epsilon is above audit.donation_epsilon, {most:g}"
+            )
+        self._check_delta("plan", delta)
+
+    def _check_delta(self, whose: str, delta: float) -> None:
+        if not delta <= self.audit.max_delta:
+            most = self.audit.max_delta
+            raise RejectedError(
+                "AG-PRV-014", f"the {whose}'s delta is above audit.max_delta, {most:g}"
+            )
+
     def check_identifier_list(self, mode: str, has_list: bool) -> None:
         """Refuse a mode that needs the site's identifier list, without one.
 

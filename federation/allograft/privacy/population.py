@@ -10,8 +10,9 @@ Invariants: a person is in one domain at most, so the budgets of two domains nev
 nobody is ever taken out; raw ids are neither stored, nor logged, nor put into an error, and neither
 are counts, because errors travel.
 
-It recognises people by the ids that the site gives them. An id written in two ways is two people:
-only surrounding blanks and Unicode composition are evened out.
+It recognises people by the ids that the site gives them. An id written in two ways is two people,
+but for surrounding blanks and Unicode composition: ids are compared in form NFC, as
+`recipes.documents` reads them, so that who is one person here is one unit in training.
 """
 
 from __future__ import annotations

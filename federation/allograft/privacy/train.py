@@ -26,7 +26,7 @@ import torch
 
 from allograft.crypto.stream import SecureStream
 from allograft.errors import RejectedError
-from allograft.privacy.dp import DpConstants
+from allograft.privacy.dp import CLIP_NORMS, DpConstants
 from allograft.privacy.noise import RandomBytes, draw_normals, draw_persons
 
 #: Up to so many parameters noise comes from ChaCha20. Measured: 18 million normals per second of a
@@ -321,12 +321,15 @@ def _test_constants(
     way: ClippedSum,
     person: int,
 ) -> DpConstants:
-    """The constants with a clip that certainly acts: a tenth of a person's norm."""
+    """The constants with a clip that certainly acts: a tenth of a person's norm, in its range."""
     free = _UnclippedGradient(parameters, constants, persons, way)
     norm = _norm(free.sum_clipped([person]))
-    if not norm > 0:
+    least, most = CLIP_NORMS
+    clip_norm = min(max(float(f"{norm / 10:.2g}"), least), most)
+    # Written so that NaN refuses.
+    if not norm > clip_norm:
         raise RejectedError("AG-PRV-080", "the self-test's person has no gradient to clip")
-    return replace(constants, clip_norm=float(f"{norm / 10:.2g}"))
+    return replace(constants, clip_norm=clip_norm)
 
 
 def _check_noise(noise: Noise, device: torch.device) -> float:

@@ -11,6 +11,7 @@ import gzip
 import json
 import random
 import re
+import unicodedata
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -94,10 +95,20 @@ def _read_record(number: int, line: str, person_field: str) -> Document | None:
         return None
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RejectedError("AG-RCP-031", f"line {number} is not JSON") from error
     if not isinstance(record, dict):
         raise RejectedError("AG-RCP-031", f"line {number} is not a JSON object")
+    document = _find_text(number, record, person_field)
+    try:
+        # A lone surrogate is JSON, but no tokenizer takes it: refused before anything is paid for.
+        f"{document.text}{document.person}".encode()
+    except UnicodeEncodeError as error:
+        raise RejectedError("AG-RCP-031", f"line {number} holds half a character") from error
+    return document
+
+
+def _find_text(number: int, record: Mapping[str, Any], person_field: str) -> Document:
     person = _read_person(number, record, person_field) if person_field else ""
     if isinstance(record.get("text"), str):
         return Document(record["text"], person=person)
@@ -112,7 +123,8 @@ def _read_person(number: int, record: Mapping[str, Any], field: str) -> str:
     # Numbers are ids too; a missing one must not make everybody the same person.
     if isinstance(person, bool) or not isinstance(person, str | int) or not str(person).strip():
         raise RejectedError("AG-PRV-081", f"line {number} has no person's id in {field[:40]!a}")
-    return str(person).strip()
+    # As the register of people writes it: one person in two compositions is one unit of privacy.
+    return unicodedata.normalize("NFC", str(person)).strip()
 
 
 def group_persons(documents: Sequence[Document]) -> dict[str, list[Document]]:
