@@ -119,7 +119,8 @@ class ProtectedRun:
         """Everything that must be on disk before the first gradient.
 
         Raises:
-            RejectedError: AG-PRV-062 or -063 for the ledger, AG-PRV-066 for people of another
+            RejectedError: AG-PRV-056 or -057 if the domain's earlier plans are not here or count
+                others as persons, AG-PRV-062 or -063 for the ledger, AG-PRV-066 for people of another
                 domain, AG-PRV-078 for too few of them, AG-PRV-079 for too little public text,
                 AG-PRV-081 for records without a person, AG-PRV-014 for limits of the policy.
             UnavailableError: AG-STO-001 for the disk, AG-PRV-068 while another process is at it.
@@ -127,7 +128,9 @@ class ProtectedRun:
         self._tell({"stage": "checking people and budget"})
         policy = self._site.policy()
         ledger = self._budget.ledger()
-        self._check_limits(policy, ledger.account(self.plan.domain))
+        account = ledger.account(self.plan.domain)
+        self._check_limits(policy, account)
+        self._check_person_field(account)
         if not self.people_file.exists():
             if ledger.reservation(self.plan.plan_id) is not None:
                 # A second run on one reservation would be free.
@@ -241,6 +244,36 @@ class ProtectedRun:
             raise RejectedError("AG-PRV-014", "the plan's epsilon is above audit.donation_epsilon")
         if not constants.delta <= rules.max_delta:
             raise RejectedError("AG-PRV-014", "the plan's delta is above audit.max_delta")
+
+    def _check_person_field(self, account: Account) -> None:
+        """Refuse to count as a person what earlier runs on these people did not.
+
+        One note a person, and nobody would be known again: neither ε nor the register would hold.
+        """
+        field = self._donation.person_field
+        ran = {entry.charge.plan_id for entry in account.reserved}
+        for plan_id in sorted(ran | self._measured_plans()):
+            earlier = self._budget.signed_plan(plan_id)
+            if earlier is None and plan_id in ran:
+                raise RejectedError(
+                    "AG-PRV-056", f"plan {plan_id[:12]}, which the domain paid for, is not here"
+                )
+            if earlier is None or earlier.domain != self.plan.domain:
+                continue
+            if earlier.training.get("person_field") != field:
+                raise RejectedError(
+                    "AG-PRV-057", "earlier plans of the domain name another field for a person"
+                )
+
+    def _measured_plans(self) -> set[str]:
+        """Plans of the donations that enrolled people; mode `measured` leaves no reservation."""
+        return {
+            row.facts["privacy_plan"]
+            for row in self._site.store.packets()
+            if row.role == "donor"
+            and row.facts.get("privacy_plan")
+            and self._site.packet_path(row.packet_id, PEOPLE_NAME).exists()
+        }
 
     def _read_ids(self, policy: Policy) -> list[str]:
         documents = read_documents(self._donation.data, self._donation.person_field)

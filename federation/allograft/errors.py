@@ -744,8 +744,8 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
         ),
         "AG-PRV-057": ErrorCode(
             "a donation is not the one that its privacy plan was signed for",
-            "Make and sign a plan of its own for every run, with the model, kind and training "
-            "that the donation will have.",
+            "Make and sign a plan of its own for every run, with the model, kind, training and field "
+            "of the person that the donation will have; one domain keeps one field.",
         ),
         "AG-PRV-060": ErrorCode(
             "the privacy ledger was altered, or is not this site's",
@@ -841,7 +841,8 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
         ),
         "AG-PRV-081": ErrorCode(
             "the records do not say whom they are about",
-            "Give every JSONL record the person's id, and name its field with --person-field.",
+            "Give every JSONL record the person's id, and name its field with `--person-field`: "
+            "for a donation, of `plan new`.",
         ),
         # --- AG-RCP: recipes, their training data and the stack of attachments ---
         "AG-RCP-001": ErrorCode(

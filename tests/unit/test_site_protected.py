@@ -36,6 +36,7 @@ from kit.donations import (
     send,
     sign,
     state,
+    training_of,
 )
 
 
@@ -164,7 +165,7 @@ class TestPlan:
     @pytest.mark.parametrize(
         "changes",
         [{"steps": 301}, {"window_tokens": 128}, {"kind": "lora"}, {"holdout": 0.5},
-         {"learning_rate": 1e-2}, {"blocks": 1}],
+         {"learning_rate": 1e-2}, {"blocks": 1}, {"person_field": "note"}],
     )  # fmt: skip
     def test_another_donation_than_planned_is_refused(self, two, changes) -> None:
         donation = donation_of(two[A], planned(two[A]), **changes)
@@ -230,6 +231,34 @@ class TestPeople:
         packet_id = donate(two, planned(two[A]), ids=people(100))
         assert state(two, A, packet_id) == ("refused", "AG-PRV-078")
         assert account(two).reserved == ()
+
+    @pytest.mark.parametrize("mode", ["strict", "measured"])
+    def test_a_domain_keeps_the_field_that_names_a_person(self, two, mode: str) -> None:
+        donate(two, planned(two[A], mode))
+        spent = account(two).reserved
+        by_note = training_of(two[A], person_field="note")
+        packet_id = donate(two, planned(two[A], training=by_note))
+        assert state(two, A, packet_id) == ("refused", "AG-PRV-057")
+        assert account(two).reserved == spent
+
+    def test_nobody_runs_on_people_whose_earlier_plan_is_gone(self, two) -> None:
+        plan = planned(two[A])
+        donate(two, plan)
+        two[A].home.path("plans", f"{plan.plan_id}.json").unlink()
+        packet_id = donate(two, planned(two[A], purpose="again"))
+        assert state(two, A, packet_id) == ("refused", "AG-PRV-056")
+
+    def test_another_domain_may_name_them_otherwise(self, two) -> None:
+        donate(two, planned(two[A], "measured"))
+        Budget(two[A].site).open_domain(DomainOpened("fresh", 8.0, 1e-6, 4, "officer"))
+        plan = planned(two[A], domain="fresh", training=training_of(two[A], person_field="who"))
+        donation = donation_of(two[A], plan)
+        records = [{"who": f"new{n}", "text": f"a note {n}"} for n in range(PEOPLE)]
+        donation.data.write_text("\n".join(json.dumps(each) for each in records), "utf-8")
+        packet_id, _ = donor.plan_donation(two[A].site, donation)
+        two.step()
+        assert state(two, A, packet_id) == ("awaiting-approval", "")
+        assert two[A].runner.done("train")[-1]["person_field"] == "who"
 
     def test_a_data_set_renamed_into_a_fresh_domain_is_recognised(self, two) -> None:
         donate(two, planned(two[A]))

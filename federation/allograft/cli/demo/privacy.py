@@ -163,8 +163,7 @@ def _train(consortium: Consortium, way: Way, directory: Path, seed: int, stages:
         donor.command("plan", "sign", plan_id)
         answer = donor.command(
             "donate", "--model", MODEL, "--plan", plan_id, "--data", str(directory / "ward.jsonl"),
-            "--person-field", "person", "--domain", "synthetic clinical notes",
-            "--seed", str(seed), "--no-wait",
+            "--domain", "synthetic clinical notes", "--seed", str(seed), "--no-wait",
         )  # fmt: skip
         packet_id = canonical.as_text(answer["packet_id"])
         ended = {"awaiting-approval", "failed", "refused"}
@@ -183,7 +182,7 @@ def _plan_options(way: Way) -> Sequence[str]:
         "--model", MODEL, "--domain", _DOMAIN, "--kind", "organ", "--blocks", "1",
         "--steps", str(way.steps), "--learning-rate", str(way.learning_rate),
         "--window", str(_WINDOW), "--windows", str(_WINDOWS), "--batch", str(_BATCH),
-        "--holdout", str(_HOLDOUT),
+        "--holdout", str(_HOLDOUT), "--person-field", "person",
     ]  # fmt: skip
     if way.epsilon is None:
         return [*common, "--mode", "measured"]
