@@ -50,7 +50,14 @@ from allograft.provenance.training import (
 )
 from allograft.provenance.verify import check_attestations
 from allograft_client.plan import DonationPlan
-from allograft_client.protected import Findings, ProtectedRun, find_signed_plan, thresholds_of
+from allograft_client.protected import (
+    AUDIT_NAME,
+    Findings,
+    ProtectedRun,
+    check_unused,
+    find_signed_plan,
+    thresholds_of,
+)
 from allograft_client.rows import PacketRow
 from allograft_client.runner import Progress
 from allograft_client.site import Site, model_ancestors, model_base
@@ -68,7 +75,7 @@ def plan_donation(site: Site, plan: DonationPlan) -> tuple[str, int]:
     Raises:
         RejectedError: AG-PRV-001 no policy, AG-PRV-003 the policy forbids it, AG-PRV-015 the
             model holds packets that may not be passed on, AG-SIT-003 unknown model, AG-IN-003 or
-            AG-RCP-035 a bad plan, AG-PRV-01x the mode.
+            AG-RCP-035 a bad plan, AG-PRV-01x the mode, AG-PRV-056 or -057 the privacy plan.
         UnavailableError: AG-STO-005 if there is no such data or no identifier list where the site
             names one.
     """
@@ -82,6 +89,8 @@ def plan_donation(site: Site, plan: DonationPlan) -> tuple[str, int]:
         raise UnavailableError("AG-STO-005", f"--data: there is no file {plan.data}")
     packet_id = secrets.token_hex(16)
     with site.store.transaction():
+        if plan.is_protected:
+            check_unused(site, plan.privacy_plan)
         site.store.add_packet(
             PacketRow(
                 packet_id=packet_id,
@@ -223,7 +232,7 @@ class _Donation:
             "claim": None if claim is None else {"epsilon": claim.epsilon, "delta": claim.delta},
             "thresholds": thresholds.to_json(),
         }
-        return self._protected.judge(self.step("audit.json", lambda: self._run("audit", task)))
+        return self._protected.judge(self.step(AUDIT_NAME, lambda: self._run("audit", task)))
 
     def build(
         self,

@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from allograft.privacy.memorisation import DpClaim
 
 PEOPLE_NAME, REPORT_NAME, PLAN_NAME = "people.json", "report.json", "plan.json"
+AUDIT_NAME = "audit.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +74,31 @@ def find_signed_plan(site: Site, donation: DonationPlan) -> PrivacyPlan:
     plan = filed.plan
     base = model_base(site.store.model(donation.model)).weights_digest
     asked = (donation.mode, donation.kind, base)
+    if donation.privacy_plan != plan.plan_id:
+        raise RejectedError("AG-PRV-057", "the donation does not name its plan in full")
     if (str(plan.mode), plan.kind, plan.base_digest) != asked:
         raise RejectedError("AG-PRV-057", "mode, kind or base of the donation are not the plan's")
     if dict(plan.training) != donation.planned_json():
         raise RejectedError("AG-PRV-057", "the donation would train otherwise than the plan says")
     return plan
+
+
+def check_unused(site: Site, plan_id: str, packet_id: str = "") -> None:
+    """Refuse a plan that another donation of this site names, whatever became of that.
+
+    One plan is one run in mode `measured` too, where no reservation says so: who may run again
+    until the audits pass shows the best of many.
+
+    Args:
+        site: The donor.
+        plan_id: Id of the signed plan.
+        packet_id: The packet that may name it; empty for one that is not recorded yet.
+
+    Raises:
+        RejectedError: AG-PRV-057.
+    """
+    if any(plan == plan_id and other != packet_id for other, plan in _plans_by_packet(site)):
+        raise RejectedError("AG-PRV-057", "another donation was made under the plan")
 
 
 def thresholds_of(policy: Policy) -> AuditThresholds:
@@ -119,13 +140,15 @@ class ProtectedRun:
         """Everything that must be on disk before the first gradient.
 
         Raises:
-            RejectedError: AG-PRV-056 or -057 if the domain's earlier plans are not here or count
-                others as persons, AG-PRV-062 or -063 for the ledger, AG-PRV-066 for people of another
-                domain, AG-PRV-078 for too few of them, AG-PRV-079 for too little public text,
-                AG-PRV-081 for records without a person, AG-PRV-014 for limits of the policy.
+            RejectedError: AG-PRV-056 or -057 if the plan was used, or the domain's earlier plans are
+                not here or count others as persons, AG-PRV-062 or -063 for the ledger, AG-PRV-066
+                for people of another domain, AG-PRV-078 for too few of them, AG-PRV-079 for too
+                little public text, AG-PRV-081 for records without a person, AG-PRV-014 for limits
+                of the policy.
             UnavailableError: AG-STO-001 for the disk, AG-PRV-068 while another process is at it.
         """
         self._tell({"stage": "checking people and budget"})
+        check_unused(self._site, self.plan.plan_id, self._packet_id)
         policy = self._site.policy()
         ledger = self._budget.ledger()
         account = ledger.account(self.plan.domain)
@@ -146,6 +169,8 @@ class ProtectedRun:
         ended = ledger.outcome(self.plan.plan_id)
         # A run that a kill interrupted may have come as far as its end.
         is_released = ended is not None and ended.outcome is Outcome.RELEASED
+        if is_released and not (self._directory / AUDIT_NAME).exists():
+            raise RejectedError("AG-PRV-057", "the plan's run has ended, and its files are gone")
         if self.plan.constants is not None and not is_released:
             self._budget.reserve(charge_for(self.plan))
 
@@ -268,11 +293,9 @@ class ProtectedRun:
     def _measured_plans(self) -> set[str]:
         """Plans of the donations that enrolled people; mode `measured` leaves no reservation."""
         return {
-            row.facts["privacy_plan"]
-            for row in self._site.store.packets()
-            if row.role == "donor"
-            and row.facts.get("privacy_plan")
-            and self._site.packet_path(row.packet_id, PEOPLE_NAME).exists()
+            plan_id
+            for packet_id, plan_id in _plans_by_packet(self._site)
+            if self._site.packet_path(packet_id, PEOPLE_NAME).exists()
         }
 
     def _read_ids(self, policy: Policy) -> list[str]:
@@ -310,9 +333,14 @@ class ProtectedRun:
         return tuple(Point(float(number), epsilon) for number, epsilon in enumerate(spent, 1))
 
 
-def end_protected(site: Site, donation: DonationPlan, error: AllograftError) -> None:
-    """Record that a run ended without a packet. What it was to cost stays spent."""
+def end_protected(
+    site: Site, packet_id: str, donation: DonationPlan, error: AllograftError
+) -> None:
+    """Record that a packet's run ended without a packet. What it was to cost stays spent."""
     if donation.mode == Mode.OPEN or not donation.privacy_plan:
+        return
+    if not site.packet_path(packet_id, PEOPLE_NAME).exists():
+        # Coins are tossed before anything is reserved: the reservation is another packet's.
         return
     plan = find_plan(site, donation.privacy_plan).plan
     budget = Budget(site)
@@ -337,6 +365,15 @@ def record_release(site: Site, packet_id: str, mode: Mode, roles: Sequence[str])
     dossier = read_plain(site.packet_path(packet_id, "dossier.json"), LIMITS.json_document_bytes)
     digest = hashlib.sha256(dossier).hexdigest()
     Budget(site).record_nonprivate(NonprivateRelease(plan.domain, digest, sorted(roles)[0]))
+
+
+def _plans_by_packet(site: Site) -> list[tuple[str, str]]:
+    """Every donation from private data that this site ever recorded: packet id and plan id."""
+    return [
+        (row.packet_id, row.facts["privacy_plan"])
+        for row in site.store.packets()
+        if row.role == "donor" and row.facts.get("privacy_plan")
+    ]
 
 
 def _points(pairs: Sequence[Sequence[float]]) -> tuple[Point, ...]:

@@ -744,8 +744,8 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
         ),
         "AG-PRV-057": ErrorCode(
             "a donation is not the one that its privacy plan was signed for",
-            "Make and sign a plan of its own for every run, with the model, kind, training and field "
-            "of the person that the donation will have; one domain keeps one field.",
+            "Make and sign a plan of its own for every run, with the model, kind, training and "
+            "field of the person that the donation will have; one domain keeps one field.",
         ),
         "AG-PRV-060": ErrorCode(
             "the privacy ledger was altered, or is not this site's",

@@ -171,12 +171,57 @@ class TestPlan:
         donation = donation_of(two[A], planned(two[A]), **changes)
         assert refusal(donor.plan_donation, two[A].site, donation) in {"AG-PRV-057", "AG-PRV-003"}
 
-    def test_it_pays_for_one_run(self, two) -> None:
-        plan = planned(two[A])
-        donate(two, plan)
+    @pytest.mark.parametrize("verdict", [GateVerdict.PASS, GateVerdict.FAIL])
+    @pytest.mark.parametrize("mode", ["strict", "measured"])
+    def test_it_pays_for_one_run(self, two, mode: str, verdict: GateVerdict) -> None:
+        two[A].runner.verdicts = {"G4": verdict}
+        plan = planned(two[A], mode)
         packet_id = donate(two, plan)
-        assert state(two, A, packet_id) == ("refused", "AG-PRV-057")
+        before, outcomes = state(two, A, packet_id), dict(account(two).outcomes)
+        assert refusal(donor.plan_donation, two[A].site, donation_of(two[A], plan)) == "AG-PRV-057"
+        assert state(two, A, packet_id) == before
+        assert account(two).outcomes == outcomes
         assert len(two[A].runner.done("train")) == 1
+
+    def test_two_donations_of_an_older_version_under_it_are_both_refused(self, two) -> None:
+        donation = donation_of(two[A], planned(two[A], "measured"))
+        first, _ = donor.plan_donation(two[A].site, donation)
+        store = two[A].site.store
+        store.add_packet(replace(store.packet(first), packet_id="5" * 32))
+        store.add_job("heavy", "donate", "5" * 32, donation.to_json())
+        two.step()
+        for packet_id in (first, "5" * 32):
+            assert state(two, A, packet_id) == ("refused", "AG-PRV-057")
+        assert two[A].runner.tasks == []
+
+    def test_a_refused_donation_does_not_end_anothers_reservation(self, two) -> None:
+        plan = planned(two[A])
+        donation = donation_of(two[A], plan)
+        first, _ = donor.plan_donation(two[A].site, donation)
+        two[A].runner.errors = {"train": UnavailableError("AG-SIT-007", "killed")}
+        with pytest.raises(UnavailableError):
+            donor.donate(two[A].site, first, donation, lambda _: None)
+        refused = RejectedError("AG-PRV-057", "used")
+        protected.end_protected(two[A].site, "5" * 32, donation, refused)
+        assert account(two).outcomes == {}
+        protected.end_protected(two[A].site, first, donation, refused)
+        assert account(two).outcomes[plan.plan_id].reason == "AG-PRV-057"
+
+    def test_a_released_run_is_not_made_again_for_nothing(self, two) -> None:
+        donation = donation_of(two[A], planned(two[A]))
+        packet_id, _ = donor.plan_donation(two[A].site, donation)
+        two.step()
+        directory = two[A].site.packet_path(packet_id)
+        for name in ("extract.json", "evaluation.json", "audit.json", "attestations.jsonl"):
+            (directory / name).unlink()
+        tell = lambda _: None  # noqa: E731
+        assert refusal(donor.donate, two[A].site, packet_id, donation, tell) == "AG-PRV-057"
+        assert len(two[A].runner.done("train")) == 1
+
+    def test_it_is_named_in_full(self, two) -> None:
+        plan = planned(two[A])
+        donation = donation_of(two[A], plan, privacy_plan=plan.plan_id[:8])
+        assert refusal(donor.plan_donation, two[A].site, donation) == "AG-PRV-057"
 
     def test_protected_modes_take_no_declaration_and_no_shortcut(self, two) -> None:
         donation = donation_of(two[A], planned(two[A]))
