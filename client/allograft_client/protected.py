@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A donation from private data: its signed plan, its people, its budget and its audits.
 
-Order, and why: the plan is signed before the data is opened; the people are checked and enrolled
-before anything is spent on them; the coins of split and canaries are on disk and the whole budget
-is reserved before the first gradient; how it ended is committed whether or not anything leaves.
+Order, and why: the plan is signed before the data is opened; people and coins are checked before
+anybody is enrolled, which is for ever; people are enrolled before anything is spent on them; the
+coins of split and canaries are on disk and the whole budget is reserved before the first gradient;
+how it ended is committed whether or not anything leaves.
 Every step may be repeated after a kill and then changes nothing. What was reserved stays spent.
 """
 
@@ -25,7 +26,14 @@ from allograft.privacy.canaries import CanaryPlan, PersonSplit
 from allograft.privacy.claim import PrivacyClaim
 from allograft.privacy.dossier import GateResult, PayloadPart, read_gate
 from allograft.privacy.gates import holds_text
-from allograft.privacy.ledger import Account, Committed, NonprivateRelease, Outcome, charge_for
+from allograft.privacy.ledger import (
+    Account,
+    Committed,
+    NonprivateRelease,
+    Outcome,
+    charge_for,
+    reserve_for,
+)
 from allograft.privacy.modes import Mode
 from allograft.privacy.overlap import Document as Passage, index_corpus
 from allograft.privacy.people import draw_people
@@ -140,11 +148,11 @@ class ProtectedRun:
         """Everything that must be on disk before the first gradient.
 
         Raises:
-            RejectedError: AG-PRV-056 or -057 if the plan was used, or the domain's earlier plans are
-                not here or count others as persons, AG-PRV-062 or -063 for the ledger, AG-PRV-066
-                for people of another domain, AG-PRV-078 for too few of them, AG-PRV-079 for too
-                little public text, AG-PRV-081 for records without a person, AG-PRV-014 for limits
-                of the policy.
+            RejectedError: AG-PRV-056 or -057 if the plan was used, or earlier plans of the domain
+                are not here or count others as persons, AG-PRV-062 or -063 for the ledger,
+                AG-PRV-066 for people of another domain, AG-PRV-078 for too few of them, AG-PRV-079
+                for too little public text, AG-PRV-081 for records without a person, AG-PRV-014 for
+                limits of the policy.
             UnavailableError: AG-STO-001 for the disk, AG-PRV-068 while another process is at it.
         """
         self._tell({"stage": "checking people and budget"})
@@ -158,13 +166,20 @@ class ProtectedRun:
             if ledger.reservation(self.plan.plan_id) is not None:
                 # A second run on one reservation would be free.
                 raise RejectedError("AG-PRV-057", "the plan has paid for another run already")
+            # First whatever can refuse: nobody is ever taken out of a domain again.
+            if self.plan.constants is not None:
+                ledger.next_entry(reserve_for(charge_for(self.plan)), self._site.now())
             ids = self._read_ids(policy)
-            self._budget.population().enrol_people(self.plan.domain, ids)
-            signed = find_plan(self._site, self.plan.plan_id).path
-            durable_write(self._directory / PLAN_NAME, signed.read_bytes())
+            register = self._budget.population()
+            register.check_people(self.plan.domain, ids)
             canaries = CanaryPlan(coins=policy.audit.canaries)
             people = draw_people(ids, self._public_texts(), self._donation.holdout, canaries)
             self._check_sides(policy, people.split)
+            # Then people, plan, coins, budget. A kill before the coins tosses new ones, which
+            # nobody has seen; after them the run is this one.
+            register.enrol_people(self.plan.domain, ids)
+            signed = find_plan(self._site, self.plan.plan_id).path
+            durable_write(self._directory / PLAN_NAME, signed.read_bytes())
             people.save(self.people_file)
         ended = ledger.outcome(self.plan.plan_id)
         # A run that a kill interrupted may have come as far as its end.

@@ -13,6 +13,8 @@ from allograft.errors import RejectedError, UnavailableError
 from allograft.packet import container
 from allograft.privacy.dossier import GateVerdict
 from allograft.privacy.ledger import DomainOpened, Outcome
+from allograft.privacy.people import People
+from allograft.privacy.population import Population
 from allograft.privacy.report import FullReport
 from allograft_client import dispatcher, donor, main_packet, protected
 from allograft_client.budget import Budget
@@ -305,6 +307,29 @@ class TestPeople:
         assert state(two, A, packet_id) == ("awaiting-approval", "")
         assert two[A].runner.done("train")[-1]["person_field"] == "who"
 
+    @pytest.mark.parametrize("cause", ["people", "sides", "public text", "budget", "policy"])
+    def test_a_run_that_is_refused_beforehand_enrols_nobody(self, two, cause: str) -> None:
+        changes, ids = {}, people()
+        if cause == "people":
+            ids = people(19)
+        elif cause == "sides":
+            ids = people(100)
+        elif cause == "public text":
+            two[A].site.store.model("base").retention.write_text("too little", "utf-8")
+        elif cause == "budget":
+            dear = replace(CONSTANTS, noise_multiplier=1.0, sampling_rate=0.02)
+            Budget(two[A].site).open_domain(DomainOpened("poor", 0.5, 1e-6, 64, "officer"))
+            changes = {"domain": "poor", "constants": dear}
+        else:
+            changes = {"constants": replace(CONSTANTS, noise_multiplier=0.6, sampling_rate=0.05)}
+        packet_id = donate(two, planned(two[A], **changes), ids=ids)
+        codes = {
+            "people": "078", "sides": "078", "public text": "079", "budget": "063", "policy": "014",
+        }  # fmt: skip
+        assert state(two, A, packet_id) == ("refused", f"AG-PRV-{codes[cause]}")
+        assert Budget(two[A].site).population().enrolled_domains() == ()
+        assert not two[A].site.packet_path(packet_id, "people.json").exists()
+
     def test_a_data_set_renamed_into_a_fresh_domain_is_recognised(self, two) -> None:
         donate(two, planned(two[A]))
         Budget(two[A].site).open_domain(DomainOpened("fresh", 8.0, 1e-6, 4, "officer"))
@@ -364,7 +389,7 @@ class TestBudget:
         assert account(two).spent == spent
         assert read(two, packet_id, "people.json") == coins
 
-    @pytest.mark.parametrize("place", ["reserve", "commit", "conclude", "people"])
+    @pytest.mark.parametrize("place", ["reserve", "commit", "conclude", "people", "enrol", "coins"])
     def test_a_kill_between_two_writes_is_repaired(self, two, place, monkeypatch) -> None:
         donation = donation_of(two[A], planned(two[A]))
         packet_id, _ = donor.plan_donation(two[A].site, donation)
@@ -373,6 +398,8 @@ class TestBudget:
             "commit": (Budget, "commit"),
             "conclude": (protected.ProtectedRun, "conclude"),
             "people": (protected, "draw_people"),
+            "enrol": (Population, "enrol_people"),
+            "coins": (People, "save"),
         }[place]
         whole = getattr(target, name)
 
