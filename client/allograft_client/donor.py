@@ -148,10 +148,13 @@ def donate(site: Site, packet_id: str, plan: DonationPlan, tell: Progress) -> No
     extract = donation.step("extract.json", donation.train)
     facts = donation.rebuild(extract)
     evaluation = donation.step("evaluation.json", lambda: donation.evaluate(facts))
-    findings = donation.examine(facts)
     if not (directory / "attestations.jsonl").exists():
+        # As signed now: training took hours. Audits and dossier are of one policy.
+        policy = site.policy()
+        site.check_signed_policy(plan.mode, policy)
+        findings = donation.examine(facts, policy)
         tell({"stage": "signing the evidence and running the gates"})
-        donation.build(facts, extract, evaluation, findings)
+        donation.build(facts, extract, evaluation, findings, policy)
     shutil.rmtree(directory / "work", ignore_errors=True)
 
 
@@ -219,12 +222,12 @@ class _Donation:
             },
         )
 
-    def examine(self, facts: Mapping[str, canonical.Json]) -> Findings | None:
-        """Audit the rebuilt payload of private data."""
+    def examine(self, facts: Mapping[str, canonical.Json], policy: Policy) -> Findings | None:
+        """Audit the rebuilt payload of private data; again if the policy's thresholds changed."""
         if self._protected is None:
             return None
         claim = self._protected.claim_for_audit()
-        thresholds = thresholds_of(self._site.policy())
+        thresholds = thresholds_of(policy)
         task = {
             "payload": str(self._directory / "payload"),
             "facts": dict(facts),
@@ -232,7 +235,14 @@ class _Donation:
             "claim": None if claim is None else {"epsilon": claim.epsilon, "delta": claim.delta},
             "thresholds": thresholds.to_json(),
         }
-        return self._protected.judge(self.step(AUDIT_NAME, lambda: self._run("audit", task)))
+        path = self._directory / AUDIT_NAME
+        if path.exists() and json.loads(path.read_bytes()).get("thresholds") != task["thresholds"]:
+            self._protected.drop_findings()
+        result = self.step(
+            AUDIT_NAME,
+            lambda: {**self._run("audit", task), "thresholds": task["thresholds"]},
+        )
+        return self._protected.judge(result, thresholds)
 
     def build(
         self,
@@ -240,10 +250,11 @@ class _Donation:
         extract: Mapping[str, Any],
         evaluation: Mapping[str, Any],
         findings: Findings | None,
+        policy: Policy,
     ) -> None:
         """Sign the statements, run the gates, and record the packet as ready for approval."""
         key = self._site.key
-        packet = self._statement(facts, evaluation)
+        packet = self._statement(facts, evaluation, policy)
         run = self._training_run(extract)
         measured = _judge(evaluation, packet.dose)
         # For this site's own people, also of a packet that the gates will stop; in a protected mode
@@ -253,7 +264,7 @@ class _Donation:
         )
         judged = _WITHHELD if self._protected else measured
         documents = _documents(packet, run, judged)
-        dossier = self._dossier(packet, facts, documents, findings, extract)
+        dossier = self._dossier(packet, facts, documents, findings, extract, policy)
         resources = [oms.Resource(part.name, part.sha256) for part in packet.parts]
         statement = sign_packet_statement(packet, key)
         signed_dossier = dsse.sign(dossier.to_statement(), dsse.IN_TOTO, [key]).to_bytes()
@@ -311,7 +322,10 @@ class _Donation:
         return self._site.runner.run(name, {**common, **extra}, self._tell)
 
     def _statement(
-        self, facts: Mapping[str, canonical.Json], evaluation: Mapping[str, Any]
+        self,
+        facts: Mapping[str, canonical.Json],
+        evaluation: Mapping[str, Any],
+        policy: Policy,
     ) -> PacketStatement:
         plan, created = self._plan, self._site.now()
         payload = self._directory / "payload"
@@ -332,7 +346,7 @@ class _Donation:
             facts=facts,
             # A dose chosen by private text would be one more thing that it tells.
             dose=Dose(1.0) if self._protected else _choose_dose(evaluation),
-            wire_dtype=WIRE_DTYPES[self._site.policy().donate.wire_dtype],
+            wire_dtype=WIRE_DTYPES[policy.donate.wire_dtype],
             domain=plan.domain,
             language=plan.language,
             licence=Licence(plan.merge, plan.distil, plan.redonate),
@@ -378,8 +392,8 @@ class _Donation:
         documents: tuple[tuple[str, canonical.Json], ...],
         findings: Findings | None,
         extract: Mapping[str, Any],
+        policy: Policy,
     ) -> Dossier:
-        policy = self._site.policy()
         # Before the gates: a list that cannot be used leaves no verdict at all.
         listed = self._site.identifier_list
         submission = Submission(

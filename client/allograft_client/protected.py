@@ -189,7 +189,12 @@ class ProtectedRun:
         if self.plan.constants is not None and not is_released:
             self._budget.reserve(charge_for(self.plan))
 
-    def judge(self, result: Mapping[str, Any]) -> Findings:
+    def drop_findings(self) -> None:
+        """Forget an audit that judged by other thresholds; its report with it, and that first."""
+        (self._directory / REPORT_NAME).unlink(missing_ok=True)
+        (self._directory / AUDIT_NAME).unlink(missing_ok=True)
+
+    def judge(self, result: Mapping[str, Any], thresholds: AuditThresholds) -> Findings:
         """Turn what the audit worker found into gates and a report."""
         from allograft.privacy.memorisation import judge_plan  # scipy: a second of every start
 
@@ -201,7 +206,7 @@ class ProtectedRun:
                 self.plan.constants,
                 claim,
                 epsilon_of,
-                thresholds_of(self._site.policy()),
+                thresholds,
             )
             gates.insert(0, first)
         path = self._directory / REPORT_NAME

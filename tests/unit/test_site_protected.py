@@ -246,6 +246,43 @@ class TestPolicy:
         donation = donation_of(two[A], planned(two[A]))
         assert refusal(donor.plan_donation, two[A].site, donation) == "AG-PRV-006"
 
+    def test_audits_of_an_older_policy_are_made_again(self, two, monkeypatch) -> None:
+        donation = donation_of(two[A], planned(two[A]))
+        packet_id, _ = donor.plan_donation(two[A].site, donation)
+
+        def killed(*_):
+            raise UnavailableError("AG-STO-005", "gone for now")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(donor._Donation, "build", killed)
+            with pytest.raises(UnavailableError):
+                donor.donate(two[A].site, packet_id, donation, lambda _: None)
+        first = read(two, packet_id, "report.json")
+        path = two[A].home.policy_file
+        path.write_text(path.read_text() + "canaries = 500\n")
+        sign(two[A])
+        two[A].runner.verdicts = {"G4": GateVerdict.INVALID}
+        two.step()
+        audits = two[A].runner.done("audit")
+        assert [task["thresholds"]["canaries_min"] for task in audits] == [1000, 500]
+        assert state(two, A, packet_id) == ("refused", "AG-PRV-020")
+        assert read(two, packet_id, "report.json") != first
+
+    def test_audits_of_the_same_policy_are_kept(self, two, monkeypatch) -> None:
+        donation = donation_of(two[A], planned(two[A]))
+        packet_id, _ = donor.plan_donation(two[A].site, donation)
+
+        def killed(*_):
+            raise UnavailableError("AG-STO-005", "gone for now")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(donor._Donation, "build", killed)
+            with pytest.raises(UnavailableError):
+                donor.donate(two[A].site, packet_id, donation, lambda _: None)
+        two.step()
+        assert state(two, A, packet_id) == ("awaiting-approval", "")
+        assert len(two[A].runner.done("audit")) == 1
+
     def test_a_policy_weakened_without_signature_stops_the_dispatch(self, two) -> None:
         packet_id = donate(two, planned(two[A]))
         for role in ("officer", "steward"):
