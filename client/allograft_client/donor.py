@@ -49,6 +49,7 @@ from allograft.provenance.training import (
     sign_training,
 )
 from allograft.provenance.verify import check_attestations
+from allograft_client.fixed_data import FixedData
 from allograft_client.plan import DonationPlan
 from allograft_client.protected import (
     AUDIT_NAME,
@@ -170,14 +171,17 @@ class _Donation:
         self._directory = directory
         self._tell = tell
         self._model = site.store.model(plan.model)
+        self._data = FixedData(plan.data, directory)
         self._protected = (
             ProtectedRun(site, packet_id, plan, directory, tell) if plan.is_protected else None
         )
 
     def prepare(self) -> None:
-        """What private data needs before the first gradient."""
+        """What must be on disk before the first gradient."""
         if self._protected is not None:
             self._protected.prepare()
+        elif not self._data.is_fixed:
+            self._data.fix()
 
     def step(self, name: str, work: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
         """Do a step once: its result is kept as a file."""
@@ -318,6 +322,7 @@ class _Donation:
             "person_field": self._plan.person_field,
             "windows_per_person": self._plan.windows_per_person,
         }
+        self._data.check()
         name = f"{task}-{self._packet_id}"
         return self._site.runner.run(name, {**common, **extra}, self._tell)
 
@@ -360,8 +365,7 @@ class _Donation:
         return tuple(entry.parent for entry in model_ancestors(self._model))
 
     def _training_run(self, extract: Mapping[str, Any]) -> TrainingRun:
-        with self._plan.data.open("rb") as handle:
-            data_sha256 = hashlib.file_digest(handle, "sha256").hexdigest()
+        self._data.check()
         salt = self._directory / "salt"
         if not salt.exists():
             durable_write(salt, secrets.token_bytes(32))
@@ -370,9 +374,9 @@ class _Donation:
             donor=self._site.name,
             parameters=self._plan.public_json(),
             base_digest=model_base(self._model).weights_digest,
-            data_commitment=commit_data(data_sha256, salt.read_bytes()),
-            started=self._told(extract["started"]),
-            finished=self._told(extract["finished"]),
+            data_commitment=commit_data(self._data.digest, salt.read_bytes()),
+            started=self._published(canonical.parse_time(extract["started"])),
+            finished=self._published(canonical.parse_time(extract["finished"])),
             parents=self._parents(),
             software={software.name: software.version for software in _software()},
         )
@@ -380,9 +384,8 @@ class _Donation:
     def _corpus(self) -> tuple[Matcher, ...]:
         return self._protected.corpus_matchers() if self._protected else ()
 
-    def _told(self, text: str) -> datetime:
-        """A time of training as it is published: how long it took depends on the data."""
-        moment = canonical.parse_time(text)
+    def _published(self, moment: datetime) -> datetime:
+        """A time as it is published: how long training and audits took depends on the data."""
         return moment.replace(minute=0, second=0) if self._protected else moment
 
     def _dossier(

@@ -44,6 +44,7 @@ from allograft.privacy.scan import Matcher
 from allograft.privacy.thresholds import AuditThresholds
 from allograft.recipes.documents import group_persons, read_documents
 from allograft_client.budget import Budget
+from allograft_client.fixed_data import FixedData
 from allograft_client.plan import DonationPlan
 from allograft_client.plan_files import find_plan
 from allograft_client.runner import Progress
@@ -133,6 +134,7 @@ class ProtectedRun:
         self._tell = tell
         self.plan = find_signed_plan(site, donation)
         self._budget = Budget(site)
+        self.data = FixedData(donation.data, directory)
 
     @property
     def people_file(self) -> Path:
@@ -151,8 +153,8 @@ class ProtectedRun:
             RejectedError: AG-PRV-056 or -057 if the plan was used, or earlier plans of the domain
                 are not here or count others as persons, AG-PRV-062 or -063 for the ledger,
                 AG-PRV-066 for people of another domain, AG-PRV-078 for too few of them, AG-PRV-079
-                for too little public text, AG-PRV-081 for records without a person, AG-PRV-014 for
-                limits of the policy.
+                for too little public text, AG-PRV-081 for records without a person, AG-RCP-034 if
+                the data changes meanwhile, AG-PRV-014 for limits of the policy.
             UnavailableError: AG-STO-001 for the disk, AG-PRV-068 while another process is at it.
         """
         self._tell({"stage": "checking people and budget"})
@@ -169,7 +171,9 @@ class ProtectedRun:
             # First whatever can refuse: nobody is ever taken out of a domain again.
             if self.plan.constants is not None:
                 ledger.next_entry(reserve_for(charge_for(self.plan)), self._site.now())
+            self.data.fix()
             ids = self._read_ids(policy)
+            self.data.check()
             register = self._budget.population()
             register.check_people(self.plan.domain, ids)
             canaries = CanaryPlan(coins=policy.audit.canaries)
@@ -181,6 +185,8 @@ class ProtectedRun:
             signed = find_plan(self._site, self.plan.plan_id).path
             durable_write(self._directory / PLAN_NAME, signed.read_bytes())
             people.save(self.people_file)
+        elif not self.data.is_fixed:
+            raise RejectedError("AG-RCP-034", "the run began without noting which data it has")
         ended = ledger.outcome(self.plan.plan_id)
         # A run that a kill interrupted may have come as far as its end.
         is_released = ended is not None and ended.outcome is Outcome.RELEASED
@@ -278,8 +284,8 @@ class ProtectedRun:
         )
 
     def _check_limits(self, policy: Policy, account: Account) -> None:
-        rules, constants = policy.audit, self.plan.constants
-        if account.limits.epsilon_max > rules.domain_epsilon:
+        rules, constants, limits = policy.audit, self.plan.constants, account.limits
+        if limits.epsilon_max > rules.domain_epsilon:
             raise RejectedError("AG-PRV-014", "the domain's epsilon is above audit.domain_epsilon")
         if constants is None:
             return

@@ -916,8 +916,8 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
             "Lower the learning rate or lengthen the warm-up and train again.",
         ),
         "AG-RCP-034": ErrorCode(
-            "a training snapshot belongs to another run",
-            "Remove the job's work directory, or resume with the plan and data it was made with.",
+            "a training snapshot or the data is not that of the run",
+            "Resume with the plan and data that the run began with, or make a new donation.",
         ),
         "AG-RCP-035": ErrorCode(
             "a training plan is out of range",

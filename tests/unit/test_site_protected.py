@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 
@@ -16,6 +17,7 @@ from allograft.privacy.ledger import DomainOpened, Outcome
 from allograft.privacy.people import People
 from allograft.privacy.population import Population
 from allograft.privacy.report import FullReport
+from allograft.provenance.training import commit_data
 from allograft_client import dispatcher, donor, main_packet, protected
 from allograft_client.budget import Budget
 from kit.consortium import Consortium
@@ -238,6 +240,37 @@ class TestPlan:
         assert state(two, A, packet_id) == ("refused", "AG-PRV-014")
         assert account(two).reserved == ()
         assert two[A].runner.tasks == []
+
+
+class TestData:
+    @pytest.mark.parametrize(
+        ("mode", "task"),
+        [("open", "train"), ("open", "evaluate"), ("strict", "train"), ("strict", "evaluate"),
+         ("strict", "audit"), ("measured", "audit")],
+    )  # fmt: skip
+    def test_a_file_that_changes_under_a_run_is_refused(self, two, mode, task) -> None:
+        donation = two[A].plan() if mode == "open" else donation_of(two[A], planned(two[A], mode))
+        packet_id, _ = donor.plan_donation(two[A].site, donation)
+        whole = getattr(two[A].runner, f"_{task}")
+
+        def swap(asked):
+            donation.data.write_text(donation.data.read_text("utf-8") + "\n", "utf-8")
+            return whole(asked)
+
+        setattr(two[A].runner, f"_{task}", swap)
+        two.step()
+        assert state(two, A, packet_id) == ("failed", "AG-RCP-034")
+        assert not two[A].site.packet_path(packet_id, "attestations.jsonl").exists()
+
+    def test_the_commitment_names_the_file_that_was_trained_on(self, two) -> None:
+        donation = donation_of(two[A], planned(two[A]))
+        digest = hashlib.sha256(donation.data.read_bytes()).hexdigest()
+        packet_id, _ = donor.plan_donation(two[A].site, donation)
+        two.step()
+        commitment = commit_data(digest, read(two, packet_id, "salt"))
+        lines = container.split_attestations(read(two, packet_id, "attestations.jsonl"))
+        payloads = b"".join(dsse.Envelope.from_bytes(line).payload for line in lines[1:])
+        assert commitment.encode() in payloads
 
 
 class TestPolicy:
