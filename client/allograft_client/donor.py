@@ -332,7 +332,7 @@ class _Donation:
         evaluation: Mapping[str, Any],
         policy: Policy,
     ) -> PacketStatement:
-        plan, created = self._plan, self._site.now()
+        plan, created = self._plan, self._published(self._site.now())
         payload = self._directory / "payload"
         parts = container.list_payload(payload, plan.kind)
         norms = {}

@@ -272,6 +272,14 @@ class TestData:
         payloads = b"".join(dsse.Envelope.from_bytes(line).payload for line in lines[1:])
         assert commitment.encode() in payloads
 
+    def test_signed_times_are_whole_hours(self, two) -> None:
+        packet_id = donate(two, planned(two[A]))
+        assert dossier_of(two, packet_id).created.endswith(":00:00Z")
+        packet = donor.read_own_statement(two[A].site, packet_id)
+        assert (packet.created.minute, packet.created.second) == (0, 0)
+        send(two, packet_id)
+        assert state(two, B, packet_id) == ("kept", "")
+
 
 class TestPolicy:
     def test_an_unsigned_policy_is_refused(self, two) -> None:
