@@ -287,8 +287,14 @@ class ProtectedRun:
         rules, constants, limits = policy.audit, self.plan.constants, account.limits
         if limits.epsilon_max > rules.domain_epsilon:
             raise RejectedError("AG-PRV-014", "the domain's epsilon is above audit.domain_epsilon")
+        if not limits.delta_max <= rules.max_delta:
+            raise RejectedError("AG-PRV-014", "the domain's delta is above audit.max_delta")
         if constants is None:
             return
+        if not constants.delta >= limits.delta_max:
+            # ε falls as δ grows: told at a smaller δ than the domain's, this run alone could cost
+            # more than all of its domain, and recipients refuse such a claim after it was paid for.
+            raise RejectedError("AG-PRV-014", "the plan's delta is below the domain's")
         epsilon = self.plan.epsilon()
         # Written so that NaN refuses.
         if epsilon is None or not epsilon <= rules.donation_epsilon:

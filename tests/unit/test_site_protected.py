@@ -385,6 +385,20 @@ class TestPeople:
         assert state(two, A, packet_id) == ("awaiting-approval", "")
         assert two[A].runner.done("train")[-1]["person_field"] == "who"
 
+    @pytest.mark.parametrize(
+        ("domain_delta", "delta", "whose"), [(2e-5, 1e-5, "domain's"), (1e-6, 1e-7, "plan's")]
+    )
+    def test_deltas_that_recipients_would_refuse_are_refused_beforehand(
+        self, two, domain_delta, delta, whose
+    ) -> None:
+        Budget(two[A].site).open_domain(DomainOpened("loose", 8.0, domain_delta, 4, "officer"))
+        constants = replace(CONSTANTS, noise_multiplier=3.0, delta=delta)
+        packet_id = donate(two, planned(two[A], domain="loose", constants=constants))
+        assert state(two, A, packet_id) == ("refused", "AG-PRV-014")
+        assert two[A].site.store.packet(packet_id).reason.startswith(f"the {whose} delta")
+        assert Budget(two[A].site).ledger().account("loose").reserved == ()
+        assert Budget(two[A].site).population().enrolled_domains() == ()
+
     @pytest.mark.parametrize("cause", ["people", "sides", "public text", "budget", "policy"])
     def test_a_run_that_is_refused_beforehand_enrols_nobody(self, two, cause: str) -> None:
         changes, ids = {}, people()
