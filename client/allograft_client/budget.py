@@ -32,6 +32,7 @@ from allograft.privacy.ledger import (
     check_costs,
 )
 from allograft.privacy.ledger_file import LedgerFile
+from allograft.privacy.plan import PrivacyPlan
 from allograft.privacy.population import KEY_BYTES, Population
 from allograft.privacy.scan import check_strings
 from allograft_client.plan_files import read_signed
@@ -93,6 +94,14 @@ class Budget:
                     cause = f"plan {charge.plan_id[:12]}: the charge is not what its plan costs"
                     raise RejectedError("AG-PRV-060", cause)
         return tuple(missing)
+
+    def signed_plan(self, plan_id: str) -> PrivacyPlan | None:
+        """A signed plan of this site, by any key it ever had; None if it is not here.
+
+        Raises:
+            RejectedError: AG-PRV-050 to -053 or AG-SIG-* if its file was changed.
+        """
+        return read_signed(self.site, plan_id, self._file.former_keys)
 
     def open_domain(self, limits: DomainOpened) -> Ledger:
         """Fix a domain's limits; starts the ledger with the first one.

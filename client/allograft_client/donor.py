@@ -49,8 +49,16 @@ from allograft.provenance.training import (
     sign_training,
 )
 from allograft.provenance.verify import check_attestations
+from allograft_client.fixed_data import FixedData
 from allograft_client.plan import DonationPlan
-from allograft_client.protected import Findings, ProtectedRun, find_signed_plan, thresholds_of
+from allograft_client.protected import (
+    AUDIT_NAME,
+    Findings,
+    ProtectedRun,
+    check_unused,
+    find_signed_plan,
+    thresholds_of,
+)
 from allograft_client.rows import PacketRow
 from allograft_client.runner import Progress
 from allograft_client.site import Site, model_ancestors, model_base
@@ -68,7 +76,7 @@ def plan_donation(site: Site, plan: DonationPlan) -> tuple[str, int]:
     Raises:
         RejectedError: AG-PRV-001 no policy, AG-PRV-003 the policy forbids it, AG-PRV-015 the
             model holds packets that may not be passed on, AG-SIT-003 unknown model, AG-IN-003 or
-            AG-RCP-035 a bad plan, AG-PRV-01x the mode.
+            AG-RCP-035 a bad plan, AG-PRV-01x the mode, AG-PRV-056 or -057 the privacy plan.
         UnavailableError: AG-STO-005 if there is no such data or no identifier list where the site
             names one.
     """
@@ -82,6 +90,8 @@ def plan_donation(site: Site, plan: DonationPlan) -> tuple[str, int]:
         raise UnavailableError("AG-STO-005", f"--data: there is no file {plan.data}")
     packet_id = secrets.token_hex(16)
     with site.store.transaction():
+        if plan.is_protected:
+            check_unused(site, plan.privacy_plan)
         site.store.add_packet(
             PacketRow(
                 packet_id=packet_id,
@@ -139,10 +149,13 @@ def donate(site: Site, packet_id: str, plan: DonationPlan, tell: Progress) -> No
     extract = donation.step("extract.json", donation.train)
     facts = donation.rebuild(extract)
     evaluation = donation.step("evaluation.json", lambda: donation.evaluate(facts))
-    findings = donation.examine(facts)
     if not (directory / "attestations.jsonl").exists():
+        # As signed now: training took hours. Audits and dossier are of one policy.
+        policy = site.policy()
+        site.check_signed_policy(plan.mode, policy)
+        findings = donation.examine(facts, policy)
         tell({"stage": "signing the evidence and running the gates"})
-        donation.build(facts, extract, evaluation, findings)
+        donation.build(facts, extract, evaluation, findings, policy)
     shutil.rmtree(directory / "work", ignore_errors=True)
 
 
@@ -158,14 +171,17 @@ class _Donation:
         self._directory = directory
         self._tell = tell
         self._model = site.store.model(plan.model)
+        self._data = FixedData(plan.data, directory)
         self._protected = (
             ProtectedRun(site, packet_id, plan, directory, tell) if plan.is_protected else None
         )
 
     def prepare(self) -> None:
-        """What private data needs before the first gradient."""
+        """What must be on disk before the first gradient."""
         if self._protected is not None:
             self._protected.prepare()
+        elif not self._data.is_fixed:
+            self._data.fix()
 
     def step(self, name: str, work: Callable[[], Mapping[str, Any]]) -> Mapping[str, Any]:
         """Do a step once: its result is kept as a file."""
@@ -210,12 +226,12 @@ class _Donation:
             },
         )
 
-    def examine(self, facts: Mapping[str, canonical.Json]) -> Findings | None:
-        """Audit the rebuilt payload of private data."""
+    def examine(self, facts: Mapping[str, canonical.Json], policy: Policy) -> Findings | None:
+        """Audit the rebuilt payload of private data; again if the policy's thresholds changed."""
         if self._protected is None:
             return None
         claim = self._protected.claim_for_audit()
-        thresholds = thresholds_of(self._site.policy())
+        thresholds = thresholds_of(policy)
         task = {
             "payload": str(self._directory / "payload"),
             "facts": dict(facts),
@@ -223,7 +239,14 @@ class _Donation:
             "claim": None if claim is None else {"epsilon": claim.epsilon, "delta": claim.delta},
             "thresholds": thresholds.to_json(),
         }
-        return self._protected.judge(self.step("audit.json", lambda: self._run("audit", task)))
+        path = self._directory / AUDIT_NAME
+        if path.exists() and json.loads(path.read_bytes()).get("thresholds") != task["thresholds"]:
+            self._protected.drop_findings()
+        result = self.step(
+            AUDIT_NAME,
+            lambda: {**self._run("audit", task), "thresholds": task["thresholds"]},
+        )
+        return self._protected.judge(result, thresholds)
 
     def build(
         self,
@@ -231,10 +254,11 @@ class _Donation:
         extract: Mapping[str, Any],
         evaluation: Mapping[str, Any],
         findings: Findings | None,
+        policy: Policy,
     ) -> None:
         """Sign the statements, run the gates, and record the packet as ready for approval."""
         key = self._site.key
-        packet = self._statement(facts, evaluation)
+        packet = self._statement(facts, evaluation, policy)
         run = self._training_run(extract)
         measured = _judge(evaluation, packet.dose)
         # For this site's own people, also of a packet that the gates will stop; in a protected mode
@@ -244,7 +268,7 @@ class _Donation:
         )
         judged = _WITHHELD if self._protected else measured
         documents = _documents(packet, run, judged)
-        dossier = self._dossier(packet, facts, documents, findings, extract)
+        dossier = self._dossier(packet, facts, documents, findings, extract, policy)
         resources = [oms.Resource(part.name, part.sha256) for part in packet.parts]
         statement = sign_packet_statement(packet, key)
         signed_dossier = dsse.sign(dossier.to_statement(), dsse.IN_TOTO, [key]).to_bytes()
@@ -298,13 +322,17 @@ class _Donation:
             "person_field": self._plan.person_field,
             "windows_per_person": self._plan.windows_per_person,
         }
+        self._data.check()
         name = f"{task}-{self._packet_id}"
         return self._site.runner.run(name, {**common, **extra}, self._tell)
 
     def _statement(
-        self, facts: Mapping[str, canonical.Json], evaluation: Mapping[str, Any]
+        self,
+        facts: Mapping[str, canonical.Json],
+        evaluation: Mapping[str, Any],
+        policy: Policy,
     ) -> PacketStatement:
-        plan, created = self._plan, self._site.now()
+        plan, created = self._plan, self._published(self._site.now())
         payload = self._directory / "payload"
         parts = container.list_payload(payload, plan.kind)
         norms = {}
@@ -323,7 +351,7 @@ class _Donation:
             facts=facts,
             # A dose chosen by private text would be one more thing that it tells.
             dose=Dose(1.0) if self._protected else _choose_dose(evaluation),
-            wire_dtype=WIRE_DTYPES[self._site.policy().donate.wire_dtype],
+            wire_dtype=WIRE_DTYPES[policy.donate.wire_dtype],
             domain=plan.domain,
             language=plan.language,
             licence=Licence(plan.merge, plan.distil, plan.redonate),
@@ -337,8 +365,7 @@ class _Donation:
         return tuple(entry.parent for entry in model_ancestors(self._model))
 
     def _training_run(self, extract: Mapping[str, Any]) -> TrainingRun:
-        with self._plan.data.open("rb") as handle:
-            data_sha256 = hashlib.file_digest(handle, "sha256").hexdigest()
+        self._data.check()
         salt = self._directory / "salt"
         if not salt.exists():
             durable_write(salt, secrets.token_bytes(32))
@@ -347,9 +374,9 @@ class _Donation:
             donor=self._site.name,
             parameters=self._plan.public_json(),
             base_digest=model_base(self._model).weights_digest,
-            data_commitment=commit_data(data_sha256, salt.read_bytes()),
-            started=self._told(extract["started"]),
-            finished=self._told(extract["finished"]),
+            data_commitment=commit_data(self._data.digest, salt.read_bytes()),
+            started=self._published(canonical.parse_time(extract["started"])),
+            finished=self._published(canonical.parse_time(extract["finished"])),
             parents=self._parents(),
             software={software.name: software.version for software in _software()},
         )
@@ -357,9 +384,8 @@ class _Donation:
     def _corpus(self) -> tuple[Matcher, ...]:
         return self._protected.corpus_matchers() if self._protected else ()
 
-    def _told(self, text: str) -> datetime:
-        """A time of training as it is published: how long it took depends on the data."""
-        moment = canonical.parse_time(text)
+    def _published(self, moment: datetime) -> datetime:
+        """A time as it is published: how long training and audits took depends on the data."""
         return moment.replace(minute=0, second=0) if self._protected else moment
 
     def _dossier(
@@ -369,8 +395,8 @@ class _Donation:
         documents: tuple[tuple[str, canonical.Json], ...],
         findings: Findings | None,
         extract: Mapping[str, Any],
+        policy: Policy,
     ) -> Dossier:
-        policy = self._site.policy()
         # Before the gates: a list that cannot be used leaves no verdict at all.
         listed = self._site.identifier_list
         submission = Submission(

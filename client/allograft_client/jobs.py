@@ -121,7 +121,7 @@ def _fail(site: Site, job: JobRow, error: AllograftError) -> None:
 
 def _end_plan(site: Site, job: JobRow, error: AllograftError) -> None:
     try:
-        end_protected(site, DonationPlan.from_json(dict(job.arguments)), error)
+        end_protected(site, job.subject, DonationPlan.from_json(dict(job.arguments)), error)
     except AllograftError as failure:
         # Nothing is lost: what a plan reserved stays spent, whether or not its end is recorded.
         log = structlog.get_logger("jobs").bind(job=job.number)

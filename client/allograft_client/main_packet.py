@@ -43,9 +43,6 @@ def donate(
     privacy_plan: Annotated[
         str, typer.Option("--plan", help="Modes strict and measured: the signed privacy plan.")
     ] = "",
-    person_field: Annotated[
-        str, typer.Option(help="JSONL field that says whom a record is about.")
-    ] = "person",
     recipe: Annotated[str, typer.Option(help="`organ` or `lora`.")] = "organ",
     mode: Annotated[str, typer.Option(help="Privacy mode: open, measured or strict.")] = "open",
     language: Annotated[str, typer.Option(help="Language of the text.")] = "en",
@@ -112,10 +109,9 @@ def donate(
         rank=rank,
         alpha=alpha,
         privacy_plan=privacy_plan,
-        person_field=person_field,
     )
     if privacy_plan:
-        # Mode, kind and training were fixed when the plan was signed.
+        # Mode, kind, training and who is a person were fixed when the plan was signed.
         asked = asked.under(find_plan(site, privacy_plan).plan)
     packet_id, number = plan_donation(site, asked)
     result = {"packet_id": packet_id, **finish(site, number, wait, timeout_s, format)}

@@ -84,6 +84,9 @@ def new(
     holdout: Annotated[
         float, typer.Option(help="Chance of a person to be held out, for the audits.")
     ] = 0.3,
+    person_field: Annotated[
+        str, typer.Option(help="JSONL field that says whom a record is about.")
+    ] = "person",
     purpose: Annotated[str, typer.Option(help="What the packet is for.")] = (
         "evaluation and local use"
     ),
@@ -126,6 +129,7 @@ def new(
         alpha=alpha,
         checkpointing=checkpointing,
         holdout=holdout,
+        person_field=person_field,
     )
     plan = PrivacyPlan(
         plan_id=secrets.token_hex(16),

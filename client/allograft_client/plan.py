@@ -53,7 +53,7 @@ class DonationPlan:
         valid_days: How long it can be dispatched and opened.
         retention_days: How long a recipient may keep it attached.
         privacy_plan: Id of the signed privacy plan that the modes `strict` and `measured` need.
-        person_field: JSONL field that says whom a record is about.
+        person_field: JSONL field that says whom a record is about; the privacy plan fixes it.
         holdout: Chance of each person to be held out of training, for the audits.
         private: Constants of the privacy plan; None without differential privacy.
     """
@@ -105,7 +105,7 @@ class DonationPlan:
             RejectedError: AG-IN-003 if the plan's training is not that of a donation.
         """
         training = canonical.as_object(
-            dict(plan.training), {"recipe", "loop", "window_tokens", "holdout"}
+            dict(plan.training), {"recipe", "loop", "window_tokens", "holdout", "person_field"}
         )
         recipe = canonical.as_mapping(training["recipe"])
         loop = canonical.as_mapping(training["loop"])
@@ -120,6 +120,7 @@ class DonationPlan:
             purpose=plan.purpose,
             window_tokens=canonical.as_int(training["window_tokens"]),
             holdout=canonical.as_number(training["holdout"]),
+            person_field=canonical.as_text(training["person_field"]),
             **changes,
         )
 
@@ -191,13 +192,18 @@ class DonationPlan:
         return {"kind": self.kind, "recipe": recipe, "loop": loop, "private": private}
 
     def planned_json(self) -> dict[str, canonical.Json]:
-        """The public training parameters, as a privacy plan fixes them."""
+        """The public training parameters, as a privacy plan fixes them.
+
+        The field that names a person is one of them: by the number of a note, ε would be that of a
+        note, and the register would know nobody again.
+        """
         training = self.training_json()
         return {
             "recipe": training["recipe"],
             "loop": training["loop"],
             "window_tokens": self.window_tokens,
             "holdout": self.holdout,
+            "person_field": self.person_field,
         }
 
     def public_json(self) -> dict[str, canonical.Json]:

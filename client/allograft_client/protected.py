@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A donation from private data: its signed plan, its people, its budget and its audits.
 
-Order, and why: the plan is signed before the data is opened; the people are checked and enrolled
-before anything is spent on them; the coins of split and canaries are on disk and the whole budget
-is reserved before the first gradient; how it ended is committed whether or not anything leaves.
+Order, and why: the plan is signed before the data is opened; people and coins are checked before
+anybody is enrolled, which is for ever; people are enrolled before anything is spent on them; the
+coins of split and canaries are on disk and the whole budget is reserved before the first gradient;
+how it ended is committed whether or not anything leaves.
 Every step may be repeated after a kill and then changes nothing. What was reserved stays spent.
 """
 
@@ -25,7 +26,14 @@ from allograft.privacy.canaries import CanaryPlan, PersonSplit
 from allograft.privacy.claim import PrivacyClaim
 from allograft.privacy.dossier import GateResult, PayloadPart, read_gate
 from allograft.privacy.gates import holds_text
-from allograft.privacy.ledger import Account, Committed, NonprivateRelease, Outcome, charge_for
+from allograft.privacy.ledger import (
+    Account,
+    Committed,
+    NonprivateRelease,
+    Outcome,
+    charge_for,
+    reserve_for,
+)
 from allograft.privacy.modes import Mode
 from allograft.privacy.overlap import Document as Passage, index_corpus
 from allograft.privacy.people import draw_people
@@ -36,6 +44,7 @@ from allograft.privacy.scan import Matcher
 from allograft.privacy.thresholds import AuditThresholds
 from allograft.recipes.documents import group_persons, read_documents
 from allograft_client.budget import Budget
+from allograft_client.fixed_data import FixedData
 from allograft_client.plan import DonationPlan
 from allograft_client.plan_files import find_plan
 from allograft_client.runner import Progress
@@ -45,6 +54,7 @@ if TYPE_CHECKING:
     from allograft.privacy.memorisation import DpClaim
 
 PEOPLE_NAME, REPORT_NAME, PLAN_NAME = "people.json", "report.json", "plan.json"
+AUDIT_NAME = "audit.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +83,31 @@ def find_signed_plan(site: Site, donation: DonationPlan) -> PrivacyPlan:
     plan = filed.plan
     base = model_base(site.store.model(donation.model)).weights_digest
     asked = (donation.mode, donation.kind, base)
+    if donation.privacy_plan != plan.plan_id:
+        raise RejectedError("AG-PRV-057", "the donation does not name its plan in full")
     if (str(plan.mode), plan.kind, plan.base_digest) != asked:
         raise RejectedError("AG-PRV-057", "mode, kind or base of the donation are not the plan's")
     if dict(plan.training) != donation.planned_json():
         raise RejectedError("AG-PRV-057", "the donation would train otherwise than the plan says")
     return plan
+
+
+def check_unused(site: Site, plan_id: str, packet_id: str = "") -> None:
+    """Refuse a plan that another donation of this site names, whatever became of that.
+
+    One plan is one run in mode `measured` too, where no reservation says so: who may run again
+    until the audits pass shows the best of many.
+
+    Args:
+        site: The donor.
+        plan_id: Id of the signed plan.
+        packet_id: The packet that may name it; empty for one that is not recorded yet.
+
+    Raises:
+        RejectedError: AG-PRV-057.
+    """
+    if any(plan == plan_id and other != packet_id for other, plan in _plans_by_packet(site)):
+        raise RejectedError("AG-PRV-057", "another donation was made under the plan")
 
 
 def thresholds_of(policy: Policy) -> AuditThresholds:
@@ -104,6 +134,7 @@ class ProtectedRun:
         self._tell = tell
         self.plan = find_signed_plan(site, donation)
         self._budget = Budget(site)
+        self.data = FixedData(donation.data, directory)
 
     @property
     def people_file(self) -> Path:
@@ -119,34 +150,57 @@ class ProtectedRun:
         """Everything that must be on disk before the first gradient.
 
         Raises:
-            RejectedError: AG-PRV-062 or -063 for the ledger, AG-PRV-066 for people of another
-                domain, AG-PRV-078 for too few of them, AG-PRV-079 for too little public text,
-                AG-PRV-081 for records without a person, AG-PRV-014 for limits of the policy.
+            RejectedError: AG-PRV-056 or -057 if the plan was used, or earlier plans of the domain
+                are not here or count others as persons, AG-PRV-062 or -063 for the ledger,
+                AG-PRV-066 for people of another domain, AG-PRV-078 for too few of them, AG-PRV-079
+                for too little public text, AG-PRV-081 for records without a person, AG-RCP-034 if
+                the data changes meanwhile, AG-PRV-014 for limits of the policy.
             UnavailableError: AG-STO-001 for the disk, AG-PRV-068 while another process is at it.
         """
         self._tell({"stage": "checking people and budget"})
+        check_unused(self._site, self.plan.plan_id, self._packet_id)
         policy = self._site.policy()
         ledger = self._budget.ledger()
-        self._check_limits(policy, ledger.account(self.plan.domain))
+        account = ledger.account(self.plan.domain)
+        self._check_limits(policy, account)
+        self._check_person_field(account)
         if not self.people_file.exists():
             if ledger.reservation(self.plan.plan_id) is not None:
                 # A second run on one reservation would be free.
                 raise RejectedError("AG-PRV-057", "the plan has paid for another run already")
+            # First whatever can refuse: nobody is ever taken out of a domain again.
+            if self.plan.constants is not None:
+                ledger.next_entry(reserve_for(charge_for(self.plan)), self._site.now())
+            self.data.fix()
             ids = self._read_ids(policy)
-            self._budget.population().enrol_people(self.plan.domain, ids)
-            signed = find_plan(self._site, self.plan.plan_id).path
-            durable_write(self._directory / PLAN_NAME, signed.read_bytes())
+            self.data.check()
+            register = self._budget.population()
+            register.check_people(self.plan.domain, ids)
             canaries = CanaryPlan(coins=policy.audit.canaries)
             people = draw_people(ids, self._public_texts(), self._donation.holdout, canaries)
             self._check_sides(policy, people.split)
+            # Then people, plan, coins, budget. A kill before the coins tosses new ones, which
+            # nobody has seen; after them the run is this one.
+            register.enrol_people(self.plan.domain, ids)
+            signed = find_plan(self._site, self.plan.plan_id).path
+            durable_write(self._directory / PLAN_NAME, signed.read_bytes())
             people.save(self.people_file)
+        elif not self.data.is_fixed:
+            raise RejectedError("AG-RCP-034", "the run began without noting which data it has")
         ended = ledger.outcome(self.plan.plan_id)
         # A run that a kill interrupted may have come as far as its end.
         is_released = ended is not None and ended.outcome is Outcome.RELEASED
+        if is_released and not (self._directory / AUDIT_NAME).exists():
+            raise RejectedError("AG-PRV-057", "the plan's run has ended, and its files are gone")
         if self.plan.constants is not None and not is_released:
             self._budget.reserve(charge_for(self.plan))
 
-    def judge(self, result: Mapping[str, Any]) -> Findings:
+    def drop_findings(self) -> None:
+        """Forget an audit that judged by other thresholds; its report with it, and that first."""
+        (self._directory / REPORT_NAME).unlink(missing_ok=True)
+        (self._directory / AUDIT_NAME).unlink(missing_ok=True)
+
+    def judge(self, result: Mapping[str, Any], thresholds: AuditThresholds) -> Findings:
         """Turn what the audit worker found into gates and a report."""
         from allograft.privacy.memorisation import judge_plan  # scipy: a second of every start
 
@@ -158,7 +212,7 @@ class ProtectedRun:
                 self.plan.constants,
                 claim,
                 epsilon_of,
-                thresholds_of(self._site.policy()),
+                thresholds,
             )
             gates.insert(0, first)
         path = self._directory / REPORT_NAME
@@ -230,17 +284,51 @@ class ProtectedRun:
         )
 
     def _check_limits(self, policy: Policy, account: Account) -> None:
-        rules, constants = policy.audit, self.plan.constants
-        if account.limits.epsilon_max > rules.domain_epsilon:
+        rules, constants, limits = policy.audit, self.plan.constants, account.limits
+        if limits.epsilon_max > rules.domain_epsilon:
             raise RejectedError("AG-PRV-014", "the domain's epsilon is above audit.domain_epsilon")
+        if not limits.delta_max <= rules.max_delta:
+            raise RejectedError("AG-PRV-014", "the domain's delta is above audit.max_delta")
         if constants is None:
             return
+        if not constants.delta >= limits.delta_max:
+            # ε falls as δ grows: told at a smaller δ than the domain's, this run alone could cost
+            # more than all of its domain, and recipients refuse such a claim after it was paid for.
+            raise RejectedError("AG-PRV-014", "the plan's delta is below the domain's")
         epsilon = self.plan.epsilon()
         # Written so that NaN refuses.
         if epsilon is None or not epsilon <= rules.donation_epsilon:
             raise RejectedError("AG-PRV-014", "the plan's epsilon is above audit.donation_epsilon")
         if not constants.delta <= rules.max_delta:
             raise RejectedError("AG-PRV-014", "the plan's delta is above audit.max_delta")
+
+    def _check_person_field(self, account: Account) -> None:
+        """Refuse to count as a person what earlier runs on these people did not.
+
+        One note a person, and nobody would be known again: neither ε nor the register would hold.
+        """
+        field = self._donation.person_field
+        ran = {entry.charge.plan_id for entry in account.reserved}
+        for plan_id in sorted(ran | self._measured_plans()):
+            earlier = self._budget.signed_plan(plan_id)
+            if earlier is None and plan_id in ran:
+                raise RejectedError(
+                    "AG-PRV-056", f"plan {plan_id[:12]}, which the domain paid for, is not here"
+                )
+            if earlier is None or earlier.domain != self.plan.domain:
+                continue
+            if earlier.training.get("person_field") != field:
+                raise RejectedError(
+                    "AG-PRV-057", "earlier plans of the domain name another field for a person"
+                )
+
+    def _measured_plans(self) -> set[str]:
+        """Plans of the donations that enrolled people; mode `measured` leaves no reservation."""
+        return {
+            plan_id
+            for packet_id, plan_id in _plans_by_packet(self._site)
+            if self._site.packet_path(packet_id, PEOPLE_NAME).exists()
+        }
 
     def _read_ids(self, policy: Policy) -> list[str]:
         documents = read_documents(self._donation.data, self._donation.person_field)
@@ -277,9 +365,14 @@ class ProtectedRun:
         return tuple(Point(float(number), epsilon) for number, epsilon in enumerate(spent, 1))
 
 
-def end_protected(site: Site, donation: DonationPlan, error: AllograftError) -> None:
-    """Record that a run ended without a packet. What it was to cost stays spent."""
+def end_protected(
+    site: Site, packet_id: str, donation: DonationPlan, error: AllograftError
+) -> None:
+    """Record that a packet's run ended without a packet. What it was to cost stays spent."""
     if donation.mode == Mode.OPEN or not donation.privacy_plan:
+        return
+    if not site.packet_path(packet_id, PEOPLE_NAME).exists():
+        # Coins are tossed before anything is reserved: the reservation is another packet's.
         return
     plan = find_plan(site, donation.privacy_plan).plan
     budget = Budget(site)
@@ -304,6 +397,15 @@ def record_release(site: Site, packet_id: str, mode: Mode, roles: Sequence[str])
     dossier = read_plain(site.packet_path(packet_id, "dossier.json"), LIMITS.json_document_bytes)
     digest = hashlib.sha256(dossier).hexdigest()
     Budget(site).record_nonprivate(NonprivateRelease(plan.domain, digest, sorted(roles)[0]))
+
+
+def _plans_by_packet(site: Site) -> list[tuple[str, str]]:
+    """Every donation from private data that this site ever recorded: packet id and plan id."""
+    return [
+        (row.packet_id, row.facts["privacy_plan"])
+        for row in site.store.packets()
+        if row.role == "donor" and row.facts.get("privacy_plan")
+    ]
 
 
 def _points(pairs: Sequence[Sequence[float]]) -> tuple[Point, ...]:

@@ -745,8 +745,8 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
         ),
         "AG-PRV-057": ErrorCode(
             "a donation is not the one that its privacy plan was signed for",
-            "Make and sign a plan of its own for every run, with the model, kind and training "
-            "that the donation will have.",
+            "Make and sign a plan of its own for every run, with the model, kind, training and "
+            "field of the person that the donation will have; one domain keeps one field.",
         ),
         "AG-PRV-059": ErrorCode(
             "a privacy domain or the role that declares it has no usable name",
@@ -850,7 +850,8 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
         ),
         "AG-PRV-081": ErrorCode(
             "the records do not say whom they are about",
-            "Give every JSONL record the person's id, and name its field with --person-field.",
+            "Give every JSONL record the person's id, and name its field with `--person-field`: "
+            "for a donation, of `plan new`.",
         ),
         # --- AG-RCP: recipes, their training data and the stack of attachments ---
         "AG-RCP-001": ErrorCode(
@@ -924,8 +925,8 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
             "Lower the learning rate or lengthen the warm-up and train again.",
         ),
         "AG-RCP-034": ErrorCode(
-            "a training snapshot belongs to another run",
-            "Remove the job's work directory, or resume with the plan and data it was made with.",
+            "a training snapshot or the data is not that of the run",
+            "Resume with the plan and data that the run began with, or make a new donation.",
         ),
         "AG-RCP-035": ErrorCode(
             "a training plan is out of range",

@@ -28,6 +28,7 @@ from allograft_client import main_privacy
 from allograft_client.budget import Budget
 from allograft_client.membership import create_site, join_consortium, read_invitation
 from allograft_client.options import open_state
+from allograft_client.plan import DonationPlan
 from allograft_client.plan_files import find_plan
 from allograft_client.rows import ModelRow, PacketRow
 from allograft_client.settings import Home
@@ -127,6 +128,19 @@ def test_loop_parameters_tell_nothing_of_the_data(state, capsys) -> None:
         capsys, "plan", "new", "--model", "notes", "--domain", "d", "--target-epsilon", 3,
         "--window", 1371, "--state", state,
     ) == (1, "AG-PRV-051")  # fmt: skip
+
+
+def test_the_plan_fixes_who_is_a_person_and_donate_cannot(state, capsys) -> None:
+    made = draft(capsys, state, "--person-field", "patient")
+    assert made["training"]["person_field"] == "patient"
+    assert draft(capsys, state)["training"]["person_field"] == "person"
+    asked = DonationPlan("notes", "lora", state, "strict", "", "", "letters")
+    plan = find_plan(open_state(state), made["plan_id"]).plan
+    assert asked.under(plan).person_field == "patient"
+    command = ("donate", "--model", "notes", "--data", state, "--domain", "letters")
+    status, _, err = run_site(capsys, *command, "--person-field", "note")
+    assert status == 2
+    assert "--person-field" in err
 
 
 @pytest.mark.parametrize(

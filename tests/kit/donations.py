@@ -86,14 +86,15 @@ def people(count=PEOPLE, prefix="p"):
     return [f"{prefix}{number}" for number in range(count)]
 
 
+def training_of(member, **changes):
+    """What a plan says about the training of the default donation."""
+    return replace(member.plan(), steps=CONSTANTS.steps, **changes).planned_json()
+
+
 def planned(member, mode="strict", signed=True, **changes) -> PrivacyPlan:
     """A plan for the default donation of a member."""
     site = member.site
     constants = changes.get("constants", CONSTANTS) if mode == "strict" else None
-    steps = CONSTANTS.steps
-    donation = replace(
-        member.plan(), mode=mode, nature="", declared_by="", steps=steps, private=constants
-    )
     fields = {
         "plan_id": hashlib.sha256(str(changes).encode() + mode.encode()).hexdigest()[:32],
         "donor": site.name,
@@ -102,7 +103,7 @@ def planned(member, mode="strict", signed=True, **changes) -> PrivacyPlan:
         "kind": "organ",
         "base_digest": model_base(site.store.model("base")).weights_digest,
         "constants": constants,
-        "training": donation.planned_json(),
+        "training": training_of(member),
         "purpose": "evaluation",
         "created": "2026-11-27T08:00:00Z",
     }

@@ -270,12 +270,12 @@ class TestCanaries:
 
 
 def people(
-    shift: float, count: int = 1000, known: float = 1.0, blind: float = 0.5
+    shift: float, count: int = 1000, known: float = 1.0, blind: tuple[float, float] = (0.5, 0.5)
 ) -> MembershipEvidence:
     """Members of whom a share scores higher."""
     draw = np.random.default_rng(5)
     raised = shift * (draw.random(count) < known)
-    return MembershipEvidence(draw.normal(0, 1, count) + raised, draw.normal(0, 1, count), blind)
+    return MembershipEvidence(draw.normal(0, 1, count) + raised, draw.normal(0, 1, count), *blind)
 
 
 class TestMembership:
@@ -306,12 +306,20 @@ class TestMembership:
 
     def test_groups_that_differ_by_themselves_are_invalid(self) -> None:
         for shift in (0.0, 3.0):
-            assert self.judge(people(shift, blind=0.56)).verdict is INVALID
-        assert self.judge(people(0.0, blind=float("nan"))).verdict is INVALID
+            assert self.judge(people(shift, blind=(0.56, 0.009))).verdict is INVALID
+        nan = float("nan")
+        for blind in ((nan, 0.5), (0.56, nan), (nan, nan)):
+            assert self.judge(people(0.0, blind=blind)).verdict is INVALID
+
+    def test_groups_that_chance_alone_makes_differ_pass(self) -> None:
+        result, private = judge_membership(people(0.0, blind=(0.58, 0.01)), CLAIM, RULES)
+        assert result.verdict is PASS
+        assert (private["blind_auc"], private["blind_p"]) == (0.58, 0.01)
+        assert "blind_p" not in dict(result.figures)
 
     def test_too_few_persons_are_invalid(self) -> None:
         assert self.judge(people(0.0, count=199)).verdict is INVALID
-        one = MembershipEvidence(np.zeros(0), np.zeros(9), 0.5)
+        one = MembershipEvidence(np.zeros(0), np.zeros(9), 0.5, 0.5)
         assert self.judge(one).verdict is INVALID
 
     def test_persons_that_cannot_refute_so_large_an_epsilon_are_invalid(self) -> None:
@@ -373,7 +381,7 @@ class TestThresholds:
         ("name", "value"),
         [
             ("version", "2"), ("canaries_min", 0), ("canaries_min", 10.5), ("exposure_p", 0.0),
-            ("max_epsilon", 0.0), ("blind_max_auc", 0.4), ("membership_fpr", 1.0),
+            ("max_epsilon", 0.0), ("blind_max_auc", 0.4), ("blind_p", 0.0), ("membership_fpr", 1.0),
             ("extraction_base_factor", 0.5), ("more", 1),
         ],
     )  # fmt: skip

@@ -14,8 +14,9 @@ from allograft.errors import RejectedError
 from allograft.evaluate.audit import AuditedPersons, Readings, judge, read_all
 from allograft.evaluate.loss import Scoring, measure, measure_tokens, predicted_tokens, prepare
 from allograft.evaluate.memory import (
+    BlindComparison,
     TextReading,
-    blind_auc,
+    compare_blindly,
     compare_canaries,
     cut_suffixes,
     person_scores,
@@ -119,7 +120,6 @@ RULES = replace(
     exposure_min_references=50,
     membership_min_persons=30,
     membership_fpr=0.05,
-    blind_max_auc=0.75,  # of so few persons it has a wide spread
 )
 
 
@@ -243,11 +243,11 @@ def membership(experiment: Experiment, donated: torch.nn.Module) -> MembershipEv
         base = read(experiment.base, experiment.tokenizer, texts)
         after = read(donated, experiment.tokenizer, texts)
         sides.append(np.array(list(person_scores(persons, base, after).values())))
-    blind = blind_auc(
+    blind = compare_blindly(
         [" ".join(texts) for texts in experiment.members.values()],
         [" ".join(texts) for texts in experiment.others.values()],
     )
-    return MembershipEvidence(sides[0], sides[1], blind)
+    return MembershipEvidence(sides[0], sides[1], blind.auc, blind.p_value)
 
 
 class TestReading:
@@ -378,23 +378,46 @@ class TestSuffixes:
 
 
 class TestBlind:
+    #: Of the seeds 0 to 299 of `random_split(seed, 500, 240, 60)`, those above an AUC of 0.55.
+    ABOVE = (71, 87, 104, 106, 134, 152, 183, 186, 211, 235, 237, 257, 265, 291)
+
     def notes(self, seed: int, count: int, more: str = "") -> list[str]:
         draw = random.Random(seed)
         return [note(draw, "") + more for _ in range(count)]
 
     def test_a_random_split_is_near_chance(self) -> None:
-        assert blind_auc(self.notes(1, 300), self.notes(2, 300)) < 0.58
+        found = compare_blindly(self.notes(1, 300), self.notes(2, 300), shuffles=199)
+        assert found.auc < 0.58
+        assert found.p_value >= AuditThresholds().blind_p
 
     def test_a_split_by_ward_is_seen(self) -> None:
         draw = random.Random(3)
         shifted = [
             text + " seen on the ward" * (draw.random() < 0.5) for text in self.notes(1, 200)
         ]
-        assert blind_auc(shifted, self.notes(2, 200)) > 0.65
+        found = compare_blindly(shifted, self.notes(2, 200))
+        assert found.auc > 0.65
+        assert found.p_value == 0.001
+
+    def random_split(self, seed: int, inside: int, outside: int, words: int) -> BlindComparison:
+        draw = random.Random(seed)
+        names = [f"w{number}" for number in range(words)]
+        texts = [" ".join(draw.choices(names, k=30)) for _ in range(inside + outside)]
+        return compare_blindly(texts[:inside], texts[inside:], shuffles=199)
+
+    def test_of_random_splits_few_are_refused(self) -> None:
+        above = [self.random_split(seed, 500, 240, 60) for seed in self.ABOVE]
+        assert all(found.auc > AuditThresholds().blind_max_auc for found in above)
+        assert sum(found.p_value < AuditThresholds().blind_p for found in above) <= 3
+
+    def test_p_values_of_random_splits_are_even(self) -> None:
+        values = [self.random_split(seed, 40, 25, 12).p_value for seed in range(300)]
+        for level in (0.05, 0.2, 0.5):
+            assert np.mean(np.array(values) <= level) == pytest.approx(level, abs=0.08)
 
     def test_too_few_are_refused(self) -> None:
         with pytest.raises(RejectedError, match="AG-EVA-001"):
-            blind_auc(["a b"] * 9, ["a b"] * 100)
+            compare_blindly(["a b"] * 9, ["a b"] * 100)
 
     def test_texts_without_words_are_chance(self) -> None:
-        assert blind_auc(["..."] * 20, ["!!"] * 20) == 0.5
+        assert compare_blindly(["..."] * 20, ["!!"] * 20) == BlindComparison(0.5, 1.0)

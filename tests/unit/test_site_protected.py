@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import replace
 
@@ -13,7 +14,10 @@ from allograft.errors import RejectedError, UnavailableError
 from allograft.packet import container
 from allograft.privacy.dossier import GateVerdict
 from allograft.privacy.ledger import DomainOpened, Outcome
+from allograft.privacy.people import People
+from allograft.privacy.population import Population
 from allograft.privacy.report import FullReport
+from allograft.provenance.training import commit_data
 from allograft_client import dispatcher, donor, main_packet, protected
 from allograft_client.budget import Budget
 from kit.consortium import Consortium
@@ -36,6 +40,7 @@ from kit.donations import (
     send,
     sign,
     state,
+    training_of,
 )
 
 
@@ -164,18 +169,63 @@ class TestPlan:
     @pytest.mark.parametrize(
         "changes",
         [{"steps": 301}, {"window_tokens": 128}, {"kind": "lora"}, {"holdout": 0.5},
-         {"learning_rate": 1e-2}, {"blocks": 1}],
+         {"learning_rate": 1e-2}, {"blocks": 1}, {"person_field": "note"}],
     )  # fmt: skip
     def test_another_donation_than_planned_is_refused(self, two, changes) -> None:
         donation = donation_of(two[A], planned(two[A]), **changes)
         assert refusal(donor.plan_donation, two[A].site, donation) in {"AG-PRV-057", "AG-PRV-003"}
 
-    def test_it_pays_for_one_run(self, two) -> None:
-        plan = planned(two[A])
-        donate(two, plan)
+    @pytest.mark.parametrize("verdict", [GateVerdict.PASS, GateVerdict.FAIL])
+    @pytest.mark.parametrize("mode", ["strict", "measured"])
+    def test_it_pays_for_one_run(self, two, mode: str, verdict: GateVerdict) -> None:
+        two[A].runner.verdicts = {"G4": verdict}
+        plan = planned(two[A], mode)
         packet_id = donate(two, plan)
-        assert state(two, A, packet_id) == ("refused", "AG-PRV-057")
+        before, outcomes = state(two, A, packet_id), dict(account(two).outcomes)
+        assert refusal(donor.plan_donation, two[A].site, donation_of(two[A], plan)) == "AG-PRV-057"
+        assert state(two, A, packet_id) == before
+        assert account(two).outcomes == outcomes
         assert len(two[A].runner.done("train")) == 1
+
+    def test_two_donations_of_an_older_version_under_it_are_both_refused(self, two) -> None:
+        donation = donation_of(two[A], planned(two[A], "measured"))
+        first, _ = donor.plan_donation(two[A].site, donation)
+        store = two[A].site.store
+        store.add_packet(replace(store.packet(first), packet_id="5" * 32))
+        store.add_job("heavy", "donate", "5" * 32, donation.to_json())
+        two.step()
+        for packet_id in (first, "5" * 32):
+            assert state(two, A, packet_id) == ("refused", "AG-PRV-057")
+        assert two[A].runner.tasks == []
+
+    def test_a_refused_donation_does_not_end_anothers_reservation(self, two) -> None:
+        plan = planned(two[A])
+        donation = donation_of(two[A], plan)
+        first, _ = donor.plan_donation(two[A].site, donation)
+        two[A].runner.errors = {"train": UnavailableError("AG-SIT-007", "killed")}
+        with pytest.raises(UnavailableError):
+            donor.donate(two[A].site, first, donation, lambda _: None)
+        refused = RejectedError("AG-PRV-057", "used")
+        protected.end_protected(two[A].site, "5" * 32, donation, refused)
+        assert account(two).outcomes == {}
+        protected.end_protected(two[A].site, first, donation, refused)
+        assert account(two).outcomes[plan.plan_id].reason == "AG-PRV-057"
+
+    def test_a_released_run_is_not_made_again_for_nothing(self, two) -> None:
+        donation = donation_of(two[A], planned(two[A]))
+        packet_id, _ = donor.plan_donation(two[A].site, donation)
+        two.step()
+        directory = two[A].site.packet_path(packet_id)
+        for name in ("extract.json", "evaluation.json", "audit.json", "attestations.jsonl"):
+            (directory / name).unlink()
+        tell = lambda _: None  # noqa: E731
+        assert refusal(donor.donate, two[A].site, packet_id, donation, tell) == "AG-PRV-057"
+        assert len(two[A].runner.done("train")) == 1
+
+    def test_it_is_named_in_full(self, two) -> None:
+        plan = planned(two[A])
+        donation = donation_of(two[A], plan, privacy_plan=plan.plan_id[:8])
+        assert refusal(donor.plan_donation, two[A].site, donation) == "AG-PRV-057"
 
     def test_protected_modes_take_no_declaration_and_no_shortcut(self, two) -> None:
         donation = donation_of(two[A], planned(two[A]))
@@ -196,11 +246,87 @@ class TestPlan:
         assert two[A].runner.tasks == []
 
 
+class TestData:
+    @pytest.mark.parametrize(
+        ("mode", "task"),
+        [("open", "train"), ("open", "evaluate"), ("strict", "train"), ("strict", "evaluate"),
+         ("strict", "audit"), ("measured", "audit")],
+    )  # fmt: skip
+    def test_a_file_that_changes_under_a_run_is_refused(self, two, mode, task) -> None:
+        donation = two[A].plan() if mode == "open" else donation_of(two[A], planned(two[A], mode))
+        packet_id, _ = donor.plan_donation(two[A].site, donation)
+        whole = getattr(two[A].runner, f"_{task}")
+
+        def swap(asked):
+            donation.data.write_text(donation.data.read_text("utf-8") + "\n", "utf-8")
+            return whole(asked)
+
+        setattr(two[A].runner, f"_{task}", swap)
+        two.step()
+        assert state(two, A, packet_id) == ("failed", "AG-RCP-034")
+        assert not two[A].site.packet_path(packet_id, "attestations.jsonl").exists()
+
+    def test_the_commitment_names_the_file_that_was_trained_on(self, two) -> None:
+        donation = donation_of(two[A], planned(two[A]))
+        digest = hashlib.sha256(donation.data.read_bytes()).hexdigest()
+        packet_id, _ = donor.plan_donation(two[A].site, donation)
+        two.step()
+        commitment = commit_data(digest, read(two, packet_id, "salt"))
+        lines = container.split_attestations(read(two, packet_id, "attestations.jsonl"))
+        payloads = b"".join(dsse.Envelope.from_bytes(line).payload for line in lines[1:])
+        assert commitment.encode() in payloads
+
+    def test_signed_times_are_whole_hours(self, two) -> None:
+        packet_id = donate(two, planned(two[A]))
+        assert dossier_of(two, packet_id).created.endswith(":00:00Z")
+        packet = donor.read_own_statement(two[A].site, packet_id)
+        assert (packet.created.minute, packet.created.second) == (0, 0)
+        send(two, packet_id)
+        assert state(two, B, packet_id) == ("kept", "")
+
+
 class TestPolicy:
     def test_an_unsigned_policy_is_refused(self, two) -> None:
         two[A].home.policy_signature.unlink()
         donation = donation_of(two[A], planned(two[A]))
         assert refusal(donor.plan_donation, two[A].site, donation) == "AG-PRV-006"
+
+    def test_audits_of_an_older_policy_are_made_again(self, two, monkeypatch) -> None:
+        donation = donation_of(two[A], planned(two[A]))
+        packet_id, _ = donor.plan_donation(two[A].site, donation)
+
+        def killed(*_):
+            raise UnavailableError("AG-STO-005", "gone for now")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(donor._Donation, "build", killed)
+            with pytest.raises(UnavailableError):
+                donor.donate(two[A].site, packet_id, donation, lambda _: None)
+        first = read(two, packet_id, "report.json")
+        path = two[A].home.policy_file
+        path.write_text(path.read_text() + "canaries = 500\n")
+        sign(two[A])
+        two[A].runner.verdicts = {"G4": GateVerdict.INVALID}
+        two.step()
+        audits = two[A].runner.done("audit")
+        assert [task["thresholds"]["canaries_min"] for task in audits] == [1000, 500]
+        assert state(two, A, packet_id) == ("refused", "AG-PRV-020")
+        assert read(two, packet_id, "report.json") != first
+
+    def test_audits_of_the_same_policy_are_kept(self, two, monkeypatch) -> None:
+        donation = donation_of(two[A], planned(two[A]))
+        packet_id, _ = donor.plan_donation(two[A].site, donation)
+
+        def killed(*_):
+            raise UnavailableError("AG-STO-005", "gone for now")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(donor._Donation, "build", killed)
+            with pytest.raises(UnavailableError):
+                donor.donate(two[A].site, packet_id, donation, lambda _: None)
+        two.step()
+        assert state(two, A, packet_id) == ("awaiting-approval", "")
+        assert len(two[A].runner.done("audit")) == 1
 
     def test_a_policy_weakened_without_signature_stops_the_dispatch(self, two) -> None:
         packet_id = donate(two, planned(two[A]))
@@ -234,6 +360,71 @@ class TestPeople:
         packet_id = donate(two, planned(two[A]), ids=people(100))
         assert state(two, A, packet_id) == ("refused", "AG-PRV-078")
         assert account(two).reserved == ()
+
+    @pytest.mark.parametrize("mode", ["strict", "measured"])
+    def test_a_domain_keeps_the_field_that_names_a_person(self, two, mode: str) -> None:
+        donate(two, planned(two[A], mode))
+        spent = account(two).reserved
+        by_note = training_of(two[A], person_field="note")
+        packet_id = donate(two, planned(two[A], training=by_note))
+        assert state(two, A, packet_id) == ("refused", "AG-PRV-057")
+        assert account(two).reserved == spent
+
+    def test_nobody_runs_on_people_whose_earlier_plan_is_gone(self, two) -> None:
+        plan = planned(two[A])
+        donate(two, plan)
+        two[A].home.path("plans", f"{plan.plan_id}.json").unlink()
+        packet_id = donate(two, planned(two[A], purpose="again"))
+        assert state(two, A, packet_id) == ("refused", "AG-PRV-056")
+
+    def test_another_domain_may_name_them_otherwise(self, two) -> None:
+        donate(two, planned(two[A], "measured"))
+        Budget(two[A].site).open_domain(DomainOpened("fresh", 8.0, 1e-6, 4, "officer"))
+        plan = planned(two[A], domain="fresh", training=training_of(two[A], person_field="who"))
+        donation = donation_of(two[A], plan)
+        records = [{"who": f"new{n}", "text": f"a note {n}"} for n in range(PEOPLE)]
+        donation.data.write_text("\n".join(json.dumps(each) for each in records), "utf-8")
+        packet_id, _ = donor.plan_donation(two[A].site, donation)
+        two.step()
+        assert state(two, A, packet_id) == ("awaiting-approval", "")
+        assert two[A].runner.done("train")[-1]["person_field"] == "who"
+
+    @pytest.mark.parametrize(
+        ("domain_delta", "delta", "whose"), [(2e-5, 1e-5, "domain's"), (1e-6, 1e-7, "plan's")]
+    )
+    def test_deltas_that_recipients_would_refuse_are_refused_beforehand(
+        self, two, domain_delta, delta, whose
+    ) -> None:
+        Budget(two[A].site).open_domain(DomainOpened("loose", 8.0, domain_delta, 4, "officer"))
+        constants = replace(CONSTANTS, noise_multiplier=3.0, delta=delta)
+        packet_id = donate(two, planned(two[A], domain="loose", constants=constants))
+        assert state(two, A, packet_id) == ("refused", "AG-PRV-014")
+        assert two[A].site.store.packet(packet_id).reason.startswith(f"the {whose} delta")
+        assert Budget(two[A].site).ledger().account("loose").reserved == ()
+        assert Budget(two[A].site).population().enrolled_domains() == ()
+
+    @pytest.mark.parametrize("cause", ["people", "sides", "public text", "budget", "policy"])
+    def test_a_run_that_is_refused_beforehand_enrols_nobody(self, two, cause: str) -> None:
+        changes, ids = {}, people()
+        if cause == "people":
+            ids = people(19)
+        elif cause == "sides":
+            ids = people(100)
+        elif cause == "public text":
+            two[A].site.store.model("base").retention.write_text("too little", "utf-8")
+        elif cause == "budget":
+            dear = replace(CONSTANTS, noise_multiplier=1.0, sampling_rate=0.02)
+            Budget(two[A].site).open_domain(DomainOpened("poor", 0.5, 1e-6, 64, "officer"))
+            changes = {"domain": "poor", "constants": dear}
+        else:
+            changes = {"constants": replace(CONSTANTS, noise_multiplier=0.6, sampling_rate=0.05)}
+        packet_id = donate(two, planned(two[A], **changes), ids=ids)
+        codes = {
+            "people": "078", "sides": "078", "public text": "079", "budget": "063", "policy": "014",
+        }  # fmt: skip
+        assert state(two, A, packet_id) == ("refused", f"AG-PRV-{codes[cause]}")
+        assert Budget(two[A].site).population().enrolled_domains() == ()
+        assert not two[A].site.packet_path(packet_id, "people.json").exists()
 
     def test_a_data_set_renamed_into_a_fresh_domain_is_recognised(self, two) -> None:
         donate(two, planned(two[A]))
@@ -294,7 +485,7 @@ class TestBudget:
         assert account(two).spent == spent
         assert read(two, packet_id, "people.json") == coins
 
-    @pytest.mark.parametrize("place", ["reserve", "commit", "conclude", "people"])
+    @pytest.mark.parametrize("place", ["reserve", "commit", "conclude", "people", "enrol", "coins"])
     def test_a_kill_between_two_writes_is_repaired(self, two, place, monkeypatch) -> None:
         donation = donation_of(two[A], planned(two[A]))
         packet_id, _ = donor.plan_donation(two[A].site, donation)
@@ -303,6 +494,8 @@ class TestBudget:
             "commit": (Budget, "commit"),
             "conclude": (protected.ProtectedRun, "conclude"),
             "people": (protected, "draw_people"),
+            "enrol": (Population, "enrol_people"),
+            "coins": (People, "save"),
         }[place]
         whole = getattr(target, name)
 

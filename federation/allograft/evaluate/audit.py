@@ -20,7 +20,7 @@ from allograft.evaluate.memory import (
     CanaryReading,
     Numbers,
     TextReading,
-    blind_auc,
+    compare_blindly,
     compare_canaries,
     cut_suffixes,
     person_scores,
@@ -168,11 +168,12 @@ def judge(
     canaries = compare_canaries(
         readings.canaries, readings.base.canaries, readings.donated.canaries
     )
-    blind = blind_auc(persons.texts[: persons.members], persons.texts[persons.members :])
+    blind = compare_blindly(persons.texts[: persons.members], persons.texts[persons.members :])
+    membership = MembershipEvidence(members, others, blind.auc, blind.p_value)
     found = {
         "G3": judge_extraction(suffixes, claimed, thresholds),
         "G4": judge_canaries(canaries, claimed, thresholds),
-        "G5": judge_membership(MembershipEvidence(members, others, blind), claimed, thresholds),
+        "G5": judge_membership(membership, claimed, thresholds),
         "G7": judge_population(trained, claimed, thresholds),
     }
     exposure = [

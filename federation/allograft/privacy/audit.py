@@ -233,6 +233,14 @@ def auc(members: Scores, others: Scores) -> float:
     return above / (count * len(others))
 
 
+def column_aucs(scores: Scores, members: npt.NDArray[np.bool_]) -> Scores:
+    """`auc` of each column of [persons, columns], whose members may differ [columns]."""
+    ranks = stats.rankdata(scores, axis=0)
+    count = members.sum(axis=0)
+    above = np.where(members, ranks, 0.0).sum(axis=0) - count * (count + 1) / 2.0
+    return np.asarray(above / (count * (len(scores) - count)), dtype=np.float64)
+
+
 def exposure(score: float, references: Scores) -> float:
     """Exposure of a canary in bits: how rare so high a score is among its alternatives.
 

@@ -108,11 +108,13 @@ class MembershipEvidence:
         members: Of persons trained on.
         others: Of persons held out.
         blind_auc: How well a classifier that reads the texts alone tells the two apart.
+        blind_p: Chance of so large a `blind_auc` if a coin had made the split.
     """
 
     members: Scores
     others: Scores
     blind_auc: float
+    blind_p: float
 
 
 def judge_plan(
@@ -359,9 +361,16 @@ def judge_membership(
             raise UnavailableError("AG-PRV-079", "a person has a score that is not finite")
         if not len(members) or not len(others):
             raise UnavailableError("AG-PRV-079", "nobody was trained on, or nobody held out")
-        figures |= {"members": len(members), "others": len(others), "blind_auc": evidence.blind_auc}
-        # First: where the groups differ by themselves, nothing below is about memory.
-        if not evidence.blind_auc <= thresholds.blind_max_auc:
+        figures |= {
+            "members": len(members), "others": len(others),
+            "blind_auc": evidence.blind_auc, "blind_p": evidence.blind_p,
+        }  # fmt: skip
+        # First: where the groups differ by themselves, nothing below is about memory. An AUC alone
+        # is no proof of that: chance takes it over 0.55 in about one honest run of twenty-eight,
+        # and the budget is spent by then. Written so that NaN refuses.
+        alike = evidence.blind_auc <= thresholds.blind_max_auc
+        by_chance = evidence.blind_p >= thresholds.blind_p
+        if math.isnan(evidence.blind_auc) or not (alike or by_chance):
             raise UnavailableError(
                 "AG-PRV-079", "the groups can be told apart without the model: not a random split"
             )

@@ -43,6 +43,7 @@ class AuditThresholds:
         membership_warn_tpr: Warn above this recognised share.
         membership_warn_auc: Warn above this AUC.
         blind_max_auc: A classifier that never saw the model may tell in from out so well.
+        blind_p: ...or better, if chance does so at least this often.
         population_dp: Fewest persons of a run with DP.
         population_measured: Fewest persons of a run without.
     """
@@ -68,6 +69,7 @@ class AuditThresholds:
     membership_warn_tpr: float = 0.03
     membership_warn_auc: float = 0.60
     blind_max_auc: float = 0.55
+    blind_p: float = 0.01
     population_dp: int = 500
     population_measured: int = 2000
 
@@ -84,6 +86,7 @@ class AuditThresholds:
         chances = (
             self.extraction_p, self.canaries_p, self.exposure_p, self.membership_fpr,
             self.membership_confidence, self.membership_max_tpr, self.membership_warn_tpr,
+            self.blind_p,
         )  # fmt: skip
         counts = (
             self.extraction_suffix_tokens, self.extraction_min_suffixes, self.canaries_min,

@@ -169,8 +169,7 @@ def _train(consortium: Consortium, way: Way, directory: Path, seed: int, stages:
         donor.command("plan", "sign", plan_id)
         answer = donor.command(
             "donate", "--model", MODEL, "--plan", plan_id, "--data", str(directory / "ward.jsonl"),
-            "--person-field", "person", "--domain", "synthetic clinical notes",
-            "--seed", str(seed), "--no-wait",
+            "--domain", "synthetic clinical notes", "--seed", str(seed), "--no-wait",
         )  # fmt: skip
         packet_id = canonical.as_text(answer["packet_id"])
         ended = {"awaiting-approval", "failed", "refused"}
@@ -189,14 +188,14 @@ def _plan_options(way: Way) -> Sequence[str]:
         "--model", MODEL, "--domain", _DOMAIN, "--kind", "organ", "--blocks", "2",
         "--steps", str(way.steps), "--learning-rate", str(way.learning_rate),
         "--window", str(_WINDOW), "--windows", str(_WINDOWS), "--batch", str(_BATCH),
-        "--holdout", str(_HOLDOUT),
+        "--holdout", str(_HOLDOUT), "--person-field", "person",
     ]  # fmt: skip
     if way.epsilon is None:
         return [*common, "--mode", "measured"]
     return [
         *common, "--mode", "strict", "--target-epsilon", str(way.epsilon),
         "--delta", str(_DELTA), "--sampling-rate", str(_SAMPLING_RATE), "--clip", str(_CLIP),
-        "--people-at-least", "500",
+        "--people-at-least", "250",
     ]  # fmt: skip
 
 
