@@ -220,9 +220,9 @@ class TestFailsClosed:
         path = write_list(two[A], NAME)
         content, whole = path.read_bytes(), ProtectedRun.judge
 
-        def vanish(run, result):
+        def vanish(run, result, thresholds):
             path.unlink()
-            return whole(run, result)
+            return whole(run, result, thresholds)
 
         monkeypatch.setattr(ProtectedRun, "judge", vanish)
         packet_id, _ = donor.plan_donation(two[A].site, donation_of(two[A], planned(two[A])))
