@@ -395,9 +395,13 @@ class TestPeople:
     def test_deltas_that_recipients_would_refuse_are_refused_beforehand(
         self, two, domain_delta, delta, whose
     ) -> None:
+        # Opened and signed under a looser policy, which was then tightened.
+        two[A].home.policy_file.write_text(NAMED + "max_delta = 1e-4\n")
         Budget(two[A].site).open_domain(DomainOpened("loose", 8.0, domain_delta, 4, "officer"))
         constants = replace(CONSTANTS, noise_multiplier=3.0, delta=delta)
-        packet_id = donate(two, planned(two[A], domain="loose", constants=constants))
+        plan = planned(two[A], domain="loose", constants=constants)
+        two[A].home.policy_file.write_text(NAMED)
+        packet_id = donate(two, plan)
         assert state(two, A, packet_id) == ("refused", "AG-PRV-014")
         assert two[A].site.store.packet(packet_id).reason.startswith(f"the {whose} delta")
         assert Budget(two[A].site).ledger().account("loose").reserved == ()
@@ -417,8 +421,11 @@ class TestPeople:
             Budget(two[A].site).open_domain(DomainOpened("poor", 0.5, 1e-6, 64, "officer"))
             changes = {"domain": "poor", "constants": dear}
         else:
-            changes = {"constants": replace(CONSTANTS, noise_multiplier=0.6, sampling_rate=0.05)}
-        packet_id = donate(two, planned(two[A], **changes), ids=ids)
+            changes = {"constants": replace(CONSTANTS, noise_multiplier=0.8, sampling_rate=0.03)}
+            two[A].home.policy_file.write_text(NAMED + "donation_epsilon = 8.0\n")
+        plan = planned(two[A], **changes)
+        two[A].home.policy_file.write_text(NAMED)
+        packet_id = donate(two, plan, ids=ids)
         codes = {
             "people": "078", "sides": "078", "public text": "079", "budget": "063", "policy": "014",
         }  # fmt: skip
