@@ -6,9 +6,12 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 
+from allograft.cli import shell
+from allograft.cli.main import app
 from allograft.crypto import canonical, dsse
 from allograft.errors import RejectedError, UnavailableError
 from allograft.packet import container
@@ -98,6 +101,24 @@ class TestStrict:
         packet_id = donate(two, planned(two[A]))
         report = two[A].site.packet_path(packet_id, "report.json").read_bytes()
         assert dossier_of(two, packet_id).report_digest == FullReport.from_bytes(report).digest
+
+    def test_the_dossier_is_shown_from_the_donor_s_own_directory(
+        self, two, tmp_path, capsys, monkeypatch
+    ) -> None:
+        packet_id = donate(two, planned(two[A]))
+        roster = SimpleNamespace(current=lambda now: two[A].site.trust.roster())
+        monkeypatch.setattr("allograft.cli.dossier.RosterClient", lambda path: roster)
+        page = tmp_path / "page.html"
+        command = [
+            "dossier", "show", str(two[A].site.packet_path(packet_id)),
+            "--roster", str(tmp_path), "--html", str(page),
+        ]  # fmt: skip
+        assert shell.invoke(app, "allograft", command) == 0
+        shown = capsys.readouterr().out
+        assert "\nMode strict. Differential privacy is promised" in shown
+        # At the donor it also tells what the audits found on real people.
+        assert "the best attack we ran recognises 12" in shown
+        assert page.read_text("utf-8").startswith("<!doctype html>")
 
     def test_workers_get_people_and_constants_and_no_key(self, two) -> None:
         donate(two, planned(two[A]))

@@ -105,14 +105,13 @@ def _read_own(directory: Path, roster_path: Path, now: datetime) -> Evidence:
 def _claimed_donor(attestations: bytes) -> str:
     """Who says to have made these attestations; believed only once the signature holds."""
     for line in container.split_attestations(attestations):
-        if b'"payloadType"' in line:
-            predicate = canonical.as_mapping(
-                canonical.as_mapping(canonical.loads(dsse.Envelope.from_bytes(line).payload))[
-                    "predicate"
-                ]
-            )
-            if "donor" in predicate:
-                return canonical.as_site(predicate["donor"])
+        # The payload's bundle is no bare envelope; it holds one.
+        if "payload" not in canonical.as_mapping(canonical.loads(line)):
+            continue
+        statement = canonical.loads(dsse.Envelope.from_bytes(line).payload)
+        predicate = canonical.as_mapping(canonical.as_mapping(statement)["predicate"])
+        if "donor" in predicate:
+            return canonical.as_site(predicate["donor"])
     raise RejectedError("AG-PKT-006", "no attestation names a donor")
 
 
