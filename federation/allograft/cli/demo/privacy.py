@@ -32,7 +32,7 @@ from allograft.crypto import canonical
 from allograft.durable import durable_write
 from allograft.errors import RejectedError
 
-_NOTES = 1000
+_NOTES = 1200
 _HOLDOUT = 0.42
 _DOMAIN = "ward-patients"
 _ROLES = ("data-steward", "privacy-officer")
@@ -68,7 +68,7 @@ canaries = 200
 """
 
 WAYS = (
-    Way("overfit", "without noise, far too long", None, steps=1000, learning_rate=1.2e-2),
+    Way("overfit", "without noise, far too long", None, steps=1100, learning_rate=1.2e-2),
     Way("ordinary", "without noise", None, steps=120, learning_rate=2e-3),
     Way("epsilon 8", "differentially private", 8.0, steps=60, learning_rate=1e-2),
     Way("epsilon 3", "differentially private", 3.0, steps=60, learning_rate=1e-2),
