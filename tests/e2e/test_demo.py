@@ -24,13 +24,13 @@ def _program() -> str:
     return program
 
 
-def _demo(tmp_path: Path, *options: str) -> dict:
+def _demo(tmp_path: Path, *options: str, timeout_s: float = 1400) -> dict:
     report = tmp_path / "report.json"
     outcome = subprocess.run(
         [_program(), "demo", "--report", str(report), *options],
         capture_output=True,
         text=True,
-        timeout=1400,
+        timeout=timeout_s,
         check=False,
     )
     assert outcome.returncode == 0, outcome.stdout[-3000:] + outcome.stderr[-3000:]
@@ -112,16 +112,17 @@ def test_demo_trains_its_base_on_wikitext_and_moves_medical_knowledge(tmp_path: 
     _check(report)
 
 
+@pytest.mark.timeout(2700)  # four trainings with their audits
 def test_privacy_demo_stops_what_leaks_and_lets_the_private_packet_leave(tmp_path: Path) -> None:
     before = _ours()
-    report = _demo(tmp_path, "--privacy")
+    report = _demo(tmp_path, "--privacy", timeout_s=2600)
     ways = report["ways"]
     assert [way["epsilon"] for way in ways.values()] == [None, None, 8.0, 3.0]
     overfit, private = ways["overfit"], ways["epsilon 3"]
     assert "FAIL" in overfit["gates"].values()
     # A text planted once is known by heart, or not better than one that never was.
-    assert overfit["exposure_once"] > 10
-    assert private["exposure_once"] < 5
+    assert overfit["exposure_once"] > 4
+    assert private["exposure_once"] < 4
     assert set(private["gates"].values()) == {"PASS"}
     assert 0 < private["gain"] < overfit["gain"]
     # Two hundred canaries could not have refuted an epsilon of 8.
