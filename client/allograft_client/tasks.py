@@ -56,6 +56,7 @@ from allograft.privacy.dossier import write_gate
 from allograft.privacy.dp import DpConstants
 from allograft.privacy.memorisation import DpClaim
 from allograft.privacy.people import People, read_people
+from allograft.privacy.report import Exposed
 from allograft.privacy.thresholds import AuditThresholds
 from allograft.provenance.ancestry import (
     FILE_NAME,
@@ -277,7 +278,9 @@ def _audit(task: Task, tell: Tell) -> dict[str, Any]:
         "exposure": [list(point) for point in audit.exposure],
         "roc": [list(point) for point in audit.roc],
         "exposed": [
-            [people.audited_members[each.number], each.saved, each.extractable, each.recognised]
+            Exposed(
+                people.audited_members[each.number], each.saved, each.extractable, each.recognised
+            ).to_json()
             for each in audit.exposed
         ],
     }

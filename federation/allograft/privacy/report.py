@@ -47,6 +47,27 @@ class Exposed:
     extractable: int
     recognised: bool
 
+    def to_json(self) -> canonical.Json:
+        """The person as a JSON array."""
+        return [self.person, self.saved, self.extractable, self.recognised]
+
+    @classmethod
+    def from_json(cls, value: canonical.Json) -> Exposed:
+        """Read a person.
+
+        Raises:
+            RejectedError: AG-IN-003 or AG-PRV-030 if malformed.
+        """
+        entry = canonical.as_list(value)
+        if len(entry) != 4:
+            raise RejectedError("AG-PRV-030", "a person has not four fields")
+        return cls(
+            person=canonical.as_text(entry[0]),
+            saved=canonical.as_number(entry[1]),
+            extractable=canonical.as_int(entry[2]),
+            recognised=canonical.as_bool(entry[3]),
+        )
+
 
 @dataclass(frozen=True, slots=True)
 class FullReport:
@@ -81,9 +102,7 @@ class FullReport:
                 "exposure": [[point.x, point.y] for point in self.exposure],
                 "roc": [[point.x, point.y] for point in self.roc],
                 "budget": [[point.x, point.y] for point in self.budget],
-                "people": [
-                    [who.person, who.saved, who.extractable, who.recognised] for who in self.people
-                ],
+                "people": [who.to_json() for who in self.people],
             }
         )
 
@@ -114,7 +133,7 @@ class FullReport:
                 exposure=_points(fields["exposure"]),
                 roc=_points(fields["roc"]),
                 budget=_points(fields["budget"]),
-                people=tuple(map(_exposed, canonical.as_list(fields["people"]))),
+                people=tuple(map(Exposed.from_json, canonical.as_list(fields["people"]))),
             )
         except RejectedError as error:
             raise RejectedError("AG-PRV-030", f"report: {error.cause}") from error
@@ -138,15 +157,3 @@ def _points(value: canonical.Json) -> tuple[Point, ...]:
     if any(len(pair) != 2 for pair in pairs):
         raise RejectedError("AG-PRV-030", "a point has not two numbers")
     return tuple(Point(canonical.as_number(x), canonical.as_number(y)) for x, y in pairs)
-
-
-def _exposed(value: canonical.Json) -> Exposed:
-    entry = canonical.as_list(value)
-    if len(entry) != 4:
-        raise RejectedError("AG-PRV-030", "a person has not four fields")
-    return Exposed(
-        person=canonical.as_text(entry[0]),
-        saved=canonical.as_number(entry[1]),
-        extractable=canonical.as_int(entry[2]),
-        recognised=canonical.as_bool(entry[3]),
-    )
