@@ -224,10 +224,7 @@ class ProtectedRun:
                 exposure=_points(result["exposure"]),
                 roc=_points(result["roc"]),
                 budget=self._spending(),
-                people=tuple(
-                    Exposed(who, float(saved), int(extractable), bool(recognised))
-                    for who, saved, extractable, recognised in result["exposed"]
-                ),
+                people=tuple(map(Exposed.from_json, result["exposed"])),
             )
             durable_write(path, report.to_bytes(), mode=0o600)
         # How long a gate took depends on how much there was to read.
@@ -284,23 +281,15 @@ class ProtectedRun:
         )
 
     def _check_limits(self, policy: Policy, account: Account) -> None:
-        rules, constants, limits = policy.audit, self.plan.constants, account.limits
-        if limits.epsilon_max > rules.domain_epsilon:
-            raise RejectedError("AG-PRV-014", "the domain's epsilon is above audit.domain_epsilon")
-        if not limits.delta_max <= rules.max_delta:
-            raise RejectedError("AG-PRV-014", "the domain's delta is above audit.max_delta")
+        constants, limits = self.plan.constants, account.limits
+        policy.check_domain(limits.epsilon_max, limits.delta_max)
         if constants is None:
             return
         if not constants.delta >= limits.delta_max:
             # ε falls as δ grows: told at a smaller δ than the domain's, this run alone could cost
             # more than all of its domain, and recipients refuse such a claim after it was paid for.
             raise RejectedError("AG-PRV-014", "the plan's delta is below the domain's")
-        epsilon = self.plan.epsilon()
-        # Written so that NaN refuses.
-        if epsilon is None or not epsilon <= rules.donation_epsilon:
-            raise RejectedError("AG-PRV-014", "the plan's epsilon is above audit.donation_epsilon")
-        if not constants.delta <= rules.max_delta:
-            raise RejectedError("AG-PRV-014", "the plan's delta is above audit.max_delta")
+        policy.check_cost(epsilon_of(constants), constants.delta)
 
     def _check_person_field(self, account: Account) -> None:
         """Refuse to count as a person what earlier runs on these people did not.

@@ -236,13 +236,8 @@ class Policy:
         Raises:
             RejectedError: AG-PRV-014.
         """
-        # Written so that NaN refuses, here and below.
-        if not epsilon <= self.audit.domain_epsilon:
-            most = self.audit.domain_epsilon
-            raise RejectedError(
-                "AG-PRV-014", f"the domain's epsilon is above audit.domain_epsilon, {most:g}"
-            )
-        self._check_delta("domain", delta)
+        _check_most("the domain's epsilon", epsilon, "domain_epsilon", self.audit.domain_epsilon)
+        _check_most("the domain's delta", delta, "max_delta", self.audit.max_delta)
 
     def check_cost(self, epsilon: float, delta: float) -> None:
         """Refuse a privacy plan that costs more than this policy allows one donation.
@@ -250,19 +245,8 @@ class Policy:
         Raises:
             RejectedError: AG-PRV-014.
         """
-        if not epsilon <= self.audit.donation_epsilon:
-            most = self.audit.donation_epsilon
-            raise RejectedError(
-                "AG-PRV-014", f"the plan's epsilon is above audit.donation_epsilon, {most:g}"
-            )
-        self._check_delta("plan", delta)
-
-    def _check_delta(self, whose: str, delta: float) -> None:
-        if not delta <= self.audit.max_delta:
-            most = self.audit.max_delta
-            raise RejectedError(
-                "AG-PRV-014", f"the {whose}'s delta is above audit.max_delta, {most:g}"
-            )
+        _check_most("the plan's epsilon", epsilon, "donation_epsilon", self.audit.donation_epsilon)
+        _check_most("the plan's delta", delta, "max_delta", self.audit.max_delta)
 
     def check_identifier_list(self, mode: str, has_list: bool) -> None:
         """Refuse a mode that needs the site's identifier list, without one.
@@ -338,6 +322,12 @@ class Policy:
                 f"the model holds {len(parents)} packets of others: only mode strict with epsilon "
                 f"at most {most:g} may pass on what is trained on it",
             )
+
+
+def _check_most(what: str, value: float, field: str, most: float) -> None:
+    # Written so that NaN refuses.
+    if not value <= most:
+        raise RejectedError("AG-PRV-014", f"{what} is above audit.{field}, {most:g}")
 
 
 @dataclass(frozen=True, slots=True)
