@@ -280,9 +280,10 @@ class _Donation:
         ]
         if self._protected is not None:
             evidence.append(self._protected.plan_envelope)
+        matchers = self._site.matchers
         for envelope in evidence:
             # The gate saw what people write; this is every string of the bytes that are signed.
-            check_envelope(envelope, "the packet's evidence", self._site.matchers)
+            check_envelope(envelope, "the packet's evidence", matchers)
         attestations = container.join_attestations([oms.sign_bundle(resources, key), *evidence])
         check_attestations(attestations, (key.public,))
         durable_write(self._directory / "dossier.json", signed_dossier)
@@ -405,7 +406,7 @@ class _Donation:
             allowed=allow_list(packet.kind, facts, read_base(self._model.path)),
             wire_dtype=policy.donate.wire_dtype,
             documents=documents,
-            matchers=(*self._site.matchers, *self._corpus()),
+            matchers=(*(() if listed is None else (listed,)), *self._corpus()),
         )
         gates = run_gates(submission)
         if findings is not None:
