@@ -8,6 +8,7 @@ and 3 (delta = 1e-5). Canaries are made of TinyStories, on which the model has t
 
 The constants were chosen on persons set apart (`--tune`), a seventh of all, who are in no
 reported figure. Three seeds draw who is held out, which canaries are planted, and what is sampled.
+Seconds are those of the processor, so that other work on the machine does not count.
 """
 
 from __future__ import annotations
@@ -176,15 +177,15 @@ def run(world: World, people: Path, setting: Setting, seed: int, audited: bool) 
         "loop": asdict(loop),
         "private": constants.to_json() if constants else None,
     }
-    started = time.monotonic()
+    started = time.process_time()
     made = _perform({**common, "task": "train", "workdir": str(workdir), "plan": plan})
-    train_s = time.monotonic() - started
+    train_s = time.process_time() - started
     opened = {**common, "payload": str(workdir), "facts": made["facts"], "packet_id": "0" * 32}
     retention = str(world.folder / "stories.jsonl")
     evaluated = _perform({**opened, "task": "evaluate", "retention": retention})
     full = evaluated["curve"][-1]
     gates: Mapping[str, Any] = {"gates": [], "figures": {}}
-    started = time.monotonic()
+    started = time.process_time()
     if audited:
         claim = {"epsilon": epsilon_of(constants), "delta": _DELTA} if constants else None
         thresholds = replace(AuditThresholds(), extraction_suffix_tokens=_SUFFIX_TOKENS)
@@ -196,7 +197,7 @@ def run(world: World, people: Path, setting: Setting, seed: int, audited: bool) 
         full["gain"]["high"],
         full["retention_change"]["value"],
         train_s,
-        time.monotonic() - started,
+        time.process_time() - started,
         {gate["name"]: f"{gate['verdict']} {gate['reason']}".strip() for gate in gates["gates"]},
         gates["figures"],
     )

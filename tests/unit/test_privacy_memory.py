@@ -2,6 +2,7 @@
 """Reading texts with models, and the audits on a model that learnt its texts by heart."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -30,6 +31,7 @@ from allograft.privacy.canaries import CanaryPlan, CanaryRecord, make_canaries, 
 from allograft.privacy.dossier import GateVerdict, warnings_of
 from allograft.privacy.memorisation import (
     DpClaim,
+    ExtractionEvidence,
     MembershipEvidence,
     judge_canaries,
     judge_extraction,
@@ -340,6 +342,12 @@ class TestReading:
         assert scores[1] == pytest.approx(saved[2])
 
 
+def cut_rows(rows: list[np.ndarray], elsewhere: Sequence[np.ndarray]) -> ExtractionEvidence:
+    """Suffixes of 16 tokens of texts that are given as tokens, each of another person."""
+    reading = TextReading(tuple(np.ones(len(row)) for row in rows), tuple(rows))
+    return cut_suffixes(range(len(rows)), reading, reading, elsewhere=elsewhere)
+
+
 class TestSuffixes:
     def test_what_two_people_share_is_not_telling(self, experiment: Experiment) -> None:
         draw = random.Random(1)
@@ -362,6 +370,24 @@ class TestSuffixes:
         assert alone.telling[count:].any()
         assert not known.telling[count:].any()
         assert known.telling[:count].tolist() == alone.telling[:count].tolist()
+
+    def test_a_template_that_goes_on_with_a_name_from_the_prompt_is_not_telling(self) -> None:
+        template = np.arange(100, 130)
+        names = [np.arange(at, at + 6) for at in (200, 300)]
+        rows = [np.concatenate([name, template, name, template]) for name in names]
+        assert not cut_rows(rows, elsewhere=()).telling.any()
+        # The same name where it did not stand in the prompt is a secret.
+        fresh = [np.concatenate([template, name, template]) for name in names]
+        assert cut_rows(fresh, elsewhere=()).telling.any()
+
+    @pytest.mark.parametrize(("tokens", "telling"), [(3, False), (4, True)])
+    def test_a_secret_inside_a_template_is_telling_from_a_quarter_on(
+        self, tokens: int, telling: bool
+    ) -> None:
+        template = np.arange(100, 140)
+        secret = np.concatenate([template, np.arange(900, 900 + tokens), template])
+        found = cut_rows([secret], elsewhere=[np.concatenate([template, template])])
+        assert bool(found.telling.any()) is telling
 
     def test_every_run_after_a_prompt_is_tried(self, experiment: Experiment) -> None:
         text = note(random.Random(2), "bakelo")

@@ -110,8 +110,10 @@ def cut_suffixes(
     """Every run of `length` tokens after a prompt of at least `PROMPT_TOKENS`, with its chances.
 
     One reading by teacher forcing gives the probability of every suffix, wherever it begins
-    (Hayes et al., arXiv 2410.19482); nothing is generated. A suffix is telling if it stands in one
-    person's texts only: what several share is a template.
+    (Hayes et al., arXiv 2410.19482); nothing is generated. A suffix is telling if at least a
+    quarter of its tokens are the person's own, see `_own_tokens`. Without that a template with a
+    name copied from the prompt counts as a leak: MedQuAD's "signs and symptoms for Akesson" came
+    back as readily of persons that the packet had never seen (33 suffixes) as of others (41).
 
     Args:
         persons: Whose each text is.
@@ -122,34 +124,69 @@ def cut_suffixes(
             of those that were.
     """
     _check_pair(base, donated)
+    own = _own_tokens(base.tokens, persons, elsewhere, length)
     logs: tuple[list[Numbers], list[Numbers]] = ([], [])
-    grams, owners, askable = [], [], []
+    telling, owners = [], []
     for index, tokens in enumerate(base.tokens):
-        if len(tokens) < length:
-            continue
+        # One token less than a prompt has: a text's first token is never predicted.
+        begins = np.arange(PROMPT_TOKENS - 1, len(tokens) - length + 1)
         for reading, found in zip((base, donated), logs, strict=True):
-            sums = np.concatenate([[0.0], np.cumsum(reading.nats[index])])
-            found.append(sums[:-length] - sums[length:])
-        hashes = _hash_runs(tokens, length)
-        grams.append(hashes)
-        owners.append(np.full(len(hashes), persons[index], dtype=np.int64))
-        # One token more than the place says: a text's first token is never predicted.
-        askable.append(np.arange(len(hashes)) + 1 >= PROMPT_TOKENS)
-    if not grams:
+            found.append(-_run_sums(reading.nats[index], length)[begins])
+        telling.append(4 * _run_sums(own[index], length)[begins] >= length)
+        owners.append(np.full(len(begins), persons[index], dtype=np.int64))
+    if not owners:
         empty = np.zeros(0, dtype=np.float64)
-        return ExtractionEvidence(
-            empty, empty, np.zeros(0, dtype=np.bool_), np.zeros(0, dtype=np.int64)
-        )
-    # Runs without a prompt count when it comes to who shares a run, and are not asked for.
-    asked = np.concatenate(askable)
-    whose = np.concatenate(owners)
-    own = _own_runs(np.concatenate(grams), whose)
-    known = [_hash_runs(tokens, length) for tokens in elsewhere if len(tokens) >= length]
-    if known:
-        own &= ~np.isin(np.concatenate(grams), np.concatenate(known))
+        return ExtractionEvidence(empty, empty, empty.astype(np.bool_), empty.astype(np.int64))
     return ExtractionEvidence(
-        np.concatenate(logs[0])[asked], np.concatenate(logs[1])[asked], own[asked], whose[asked]
+        np.concatenate(logs[0]),
+        np.concatenate(logs[1]),
+        np.concatenate(telling),
+        np.concatenate(owners),
     )
+
+
+def _run_sums(values: npt.NDArray[Any], length: int) -> Numbers:
+    """Sums of every run of values; none if there are fewer."""
+    sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
+    return np.asarray(sums[length:] - sums[:-length], dtype=np.float64)
+
+
+def _own_tokens(
+    texts: Sequence[npt.NDArray[np.int64]],
+    owners: Sequence[int],
+    elsewhere: Sequence[npt.NDArray[np.int64]],
+    length: int,
+) -> list[npt.NDArray[np.bool_]]:
+    """Which tokens of each text nothing but the person's own text tells.
+
+    Not those in a run of half a suffix that any other person's text holds too: that is a template.
+    Nor those in a run of a fifth of a suffix that stood before in the same text: whoever gives the
+    prompt has it already.
+    """
+    half, fifth = max(length // 2, 1), max(length // 5, 3)
+    grams = [_hash_runs(text, half) for text in texts]
+    ends = np.cumsum([0, *map(len, grams)])
+    joined = np.concatenate([np.zeros(0, dtype=np.uint64), *grams])
+    known = [_hash_runs(text, half) for text in elsewhere]
+    shared = ~_own_runs(joined, np.repeat(np.asarray(owners, dtype=np.int64), np.diff(ends)))
+    shared |= np.isin(joined, np.concatenate([np.zeros(0, dtype=np.uint64), *known]))
+    own = []
+    for text, begin, end in zip(texts, ends, ends[1:], strict=False):
+        runs = _hash_runs(text, fifth)
+        _, first, which = np.unique(runs, return_index=True, return_inverse=True)
+        told = _covered(shared[begin:end], half, len(text))
+        told |= _covered(first[which] < np.arange(len(runs)), fifth, len(text))
+        own.append(~told)
+    return own
+
+
+def _covered(runs: npt.NDArray[np.bool_], length: int, size: int) -> npt.NDArray[np.bool_]:
+    """Which of so many tokens lie in one of the marked runs."""
+    steps = np.zeros(size + 1, dtype=np.int64)
+    begins = np.flatnonzero(runs)
+    steps[begins] += 1
+    steps[begins + length] -= 1
+    return np.asarray(np.cumsum(steps)[:size] > 0, dtype=np.bool_)
 
 
 def _hash_runs(tokens: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.uint64]:
@@ -157,7 +194,7 @@ def _hash_runs(tokens: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.uin
     factors = np.random.Generator(np.random.PCG64(0)).integers(
         1, 1 << 63, size=length, dtype=np.uint64
     )
-    count = len(tokens) - length + 1
+    count = max(len(tokens) - length + 1, 0)
     hashes = np.zeros(count, dtype=np.uint64)
     for offset in range(length):
         hashes += (tokens[offset : offset + count].astype(np.uint64) + 1) * factors[offset]
@@ -168,6 +205,8 @@ def _own_runs(
     grams: npt.NDArray[np.uint64], owners: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.bool_]:
     """Whether a run occurs with one owner only."""
+    if not len(grams):
+        return np.zeros(0, dtype=np.bool_)
     order = np.lexsort((owners, grams))
     sorted_grams, sorted_owners = grams[order], owners[order]
     starts = np.concatenate([[True], sorted_grams[1:] != sorted_grams[:-1]])

@@ -64,7 +64,7 @@ class ExtractionEvidence:
     Attributes:
         log_base: ln of the suffix's probability after its prompt, under the public base.
         log_donated: The same under the base with the packet attached.
-        telling: Whether the suffix is found with one person only.
+        telling: Whether enough of the suffix is found with one person only.
         owners: Whose it is, by number.
     """
 
