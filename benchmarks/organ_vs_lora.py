@@ -28,8 +28,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from allograft.recipes.base import (
     Donor,
     Extract,
-    LoraPlan,
-    OrganPlan,
     Payload,
     Plan,
     Recipient,
@@ -38,7 +36,7 @@ from allograft.recipes.base import (
 from allograft.recipes.documents import read_documents, split_documents
 from allograft.recipes.loop import train
 from allograft.recipes.losses import token_losses
-from allograft.recipes.plan import LoopPlan
+from allograft.recipes.plan import LoopPlan, LoraPlan, OrganPlan
 from allograft.recipes.snapshot import load_model, load_tokenizer
 from allograft.recipes.windows import Windows, make_windows
 from benchmarks.report import Figure, Options, publish

@@ -27,8 +27,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from allograft.privacy.dp import DpConstants
-from allograft.recipes.base import Donor, LoraPlan, OrganPlan, Plan, load_recipe
-from allograft.recipes.plan import LoopPlan, Step
+from allograft.recipes.base import Donor, Plan, load_recipe
+from allograft.recipes.plan import LoopPlan, LoraPlan, OrganPlan, Step
 from allograft.recipes.windows import Windows
 from benchmarks.report import Figure, Options, publish
 

@@ -36,7 +36,7 @@ from allograft.privacy.canaries import CanaryPlan
 from allograft.privacy.dp import DpConstants
 from allograft.privacy.people import draw_people
 from allograft.privacy.thresholds import AuditThresholds
-from allograft.recipes.plan import LoopPlan
+from allograft.recipes.plan import LoopPlan, OrganPlan
 from allograft_client import tasks
 from benchmarks.report import Figure, Options, publish
 
@@ -173,7 +173,7 @@ def run(world: World, people: Path, setting: Setting, seed: int, audited: bool) 
     )  # fmt: skip
     plan = {
         "kind": "organ",
-        "recipe": {"blocks": setting.blocks, "position": None},
+        "recipe": OrganPlan(blocks=setting.blocks).to_json(),
         "loop": asdict(loop),
         "private": constants.to_json() if constants else None,
     }

@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from allograft.crypto import canonical
 from allograft.errors import RejectedError
 from allograft.limits import LIMITS
 from allograft.packet import container
@@ -34,16 +33,10 @@ from allograft.provenance.verify import (
     verify_dispatch,
     verify_manifest,
 )
-from allograft.recipes.base import Declaration, Facts, ModelCard, ModelShape, Verdict, check_base
-from allograft.recipes.facts import LoraFacts, OrganFacts
+from allograft.recipes.base import Declaration, ModelCard, ModelShape, Verdict, check_base
+from allograft.recipes.facts import read_facts
 from allograft_client.rows import ModelRow, PacketRow
 from allograft_client.site import Site, model_base
-
-#: Facts of each kind, to judge a statement without loading a tensor library.
-_FACTS: Mapping[str, Callable[[canonical.Json], Facts]] = {
-    "organ": OrganFacts.from_json,
-    "lora": LoraFacts.from_json,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +165,7 @@ def judge_base(statement: PacketStatement, model: ModelRow) -> Verdict:
         shape=ModelShape.from_json(model.facts["shape"]),
         lineage_cosine=lineage.cosine,
     )
-    facts = _FACTS[statement.kind](dict(statement.facts))
+    facts = read_facts(statement.kind, dict(statement.facts))
     return check_base(declaration, facts, card)
 
 

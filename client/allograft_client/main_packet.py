@@ -14,6 +14,7 @@ from allograft.errors import RejectedError
 from allograft.evaluate.screen import NO_PROOF
 from allograft.privacy.page import tell_findings
 from allograft.privacy.report import FullReport, read_report
+from allograft.recipes.plan import make_recipe_plan
 from allograft_client import requests
 from allograft_client.follow import follow
 from allograft_client.main_model import finish
@@ -104,10 +105,7 @@ def donate(
         seed=seed,
         window_tokens=window,
         checkpointing=checkpointing,
-        blocks=blocks,
-        position=position,
-        rank=rank,
-        alpha=alpha,
+        recipe=make_recipe_plan(recipe, blocks=blocks, position=position, rank=rank, alpha=alpha),
         privacy_plan=privacy_plan,
     )
     if privacy_plan:

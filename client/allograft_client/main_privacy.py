@@ -20,6 +20,7 @@ from allograft.privacy.ledger import DEFAULT_ORDER, Account, DomainOpened
 from allograft.privacy.modes import Mode
 from allograft.privacy.plan import RELATION, SAMPLER, UNIT, PrivacyPlan
 from allograft.recipes.documents import group_persons, read_documents
+from allograft.recipes.plan import make_recipe_plan
 from allograft_client.budget import Budget
 from allograft_client.options import StateOption, open_state
 from allograft_client.plan import DonationPlan
@@ -123,10 +124,7 @@ def new(
         batch_windows=batch,
         learning_rate=learning_rate,
         window_tokens=window,
-        blocks=blocks,
-        position=position,
-        rank=rank,
-        alpha=alpha,
+        recipe=make_recipe_plan(kind, blocks=blocks, position=position, rank=rank, alpha=alpha),
         checkpointing=checkpointing,
         holdout=holdout,
         person_field=person_field,

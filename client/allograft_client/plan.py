@@ -16,18 +16,14 @@ from allograft.errors import RejectedError
 from allograft.privacy.dp import DpConstants
 from allograft.privacy.modes import AdmittedMode, Mode, admit_mode, declare
 from allograft.privacy.plan import PrivacyPlan
-from allograft.recipes.plan import LoopPlan
+from allograft.recipes.plan import (
+    LoopPlan,
+    RecipePlan,
+    make_recipe_plan,
+    read_recipe_plan,
+)
 
-KINDS = ("organ", "lora")
-
-
-# Training parameter of a privacy plan → how it is read, for the recipe and for the loop.
-_RECIPE: Mapping[str, Callable[[canonical.Json], Any]] = {
-    "rank": canonical.as_int,
-    "alpha": canonical.as_number,
-    "blocks": canonical.as_int,
-    "position": lambda value: None if value is None else canonical.as_int(value),
-}
+# Training parameter of a privacy plan → how it is read, for the loop.
 _LOOP: Mapping[str, Callable[[canonical.Json], Any]] = {
     "steps": canonical.as_int,
     "batch_windows": canonical.as_int,
@@ -50,6 +46,7 @@ class DonationPlan:
         nature: `public` or `synthetic`, what the data is declared to be in mode `open`.
         declared_by: The role that declares it.
         domain: What the packet will be about, in a few words.
+        recipe: What its kind lets a donor choose.
         valid_days: How long it can be dispatched and opened.
         retention_days: How long a recipient may keep it attached.
         privacy_plan: Id of the signed privacy plan that the modes `strict` and `measured` need.
@@ -65,6 +62,7 @@ class DonationPlan:
     nature: str
     declared_by: str
     domain: str
+    recipe: RecipePlan
     language: str = "en"
     purpose: str = "evaluation and local use"
     merge: bool = False
@@ -79,10 +77,6 @@ class DonationPlan:
     seed: int = 0
     window_tokens: int = 256
     checkpointing: bool = False
-    blocks: int = 2
-    position: int | None = None
-    rank: int = 8
-    alpha: float = 16.0
     max_documents: int = 240
     privacy_plan: str = ""
     person_field: str = "person"
@@ -107,14 +101,13 @@ class DonationPlan:
         training = canonical.as_object(
             dict(plan.training), {"recipe", "loop", "window_tokens", "holdout", "person_field"}
         )
-        recipe = canonical.as_mapping(training["recipe"])
         loop = canonical.as_mapping(training["loop"])
-        changes = {name: read(recipe[name]) for name, read in _RECIPE.items() if name in recipe}
-        changes |= {name: read(loop[name]) for name, read in _LOOP.items() if name in loop}
+        changes = {name: read(loop[name]) for name, read in _LOOP.items() if name in loop}
         return replace(
             self,
             mode=str(plan.mode),
             kind=plan.kind,
+            recipe=read_recipe_plan(plan.kind, training["recipe"]),
             private=plan.constants,
             privacy_plan=plan.plan_id,
             purpose=plan.purpose,
@@ -131,7 +124,8 @@ class DonationPlan:
         Raises:
             RejectedError: AG-PRV-052 if no donation trains as the plan says; as `under`, `check`.
         """
-        bare = cls("", plan.kind, Path(), str(plan.mode), "", "", "").under(plan).check()
+        recipe = make_recipe_plan(plan.kind)
+        bare = cls("", plan.kind, Path(), str(plan.mode), "", "", "", recipe).under(plan).check()
         if bare.planned_json() != dict(plan.training):
             raise RejectedError("AG-PRV-052", "no donation trains as the plan says")
         return bare
@@ -152,8 +146,6 @@ class DonationPlan:
         Raises:
             RejectedError: AG-IN-003, AG-PRV-010 to -012 for the mode, AG-RCP-035 for the loop.
         """
-        if self.kind not in KINDS:
-            raise RejectedError("AG-IN-003", f"the recipe is none of {', '.join(KINDS)}")
         if not 1 <= self.valid_days <= 3650 or not 1 <= self.retention_days <= 3650:
             raise RejectedError("AG-IN-003", "validity and retention last 1 to 3650 days")
         for text in (self.domain, self.language, self.purpose):
@@ -182,14 +174,14 @@ class DonationPlan:
 
     def training_json(self) -> dict[str, canonical.Json]:
         """The part a worker trains by."""
-        recipe: dict[str, canonical.Json] = (
-            {"rank": self.rank, "alpha": self.alpha}
-            if self.kind == "lora"
-            else {"blocks": self.blocks, "position": self.position}
-        )
         private = None if self.private is None else self.private.to_json()
         loop = asdict(self.loop())
-        return {"kind": self.kind, "recipe": recipe, "loop": loop, "private": private}
+        return {
+            "kind": self.kind,
+            "recipe": self.recipe.to_json(),
+            "loop": loop,
+            "private": private,
+        }
 
     def planned_json(self) -> dict[str, canonical.Json]:
         """The public training parameters, as a privacy plan fixes them.
@@ -218,10 +210,13 @@ class DonationPlan:
     def to_json(self) -> dict[str, Any]:
         """The plan as a job keeps it."""
         private = None if self.private is None else self.private.to_json()
-        return {**asdict(self), "data": str(self.data), "private": private}
+        recipe = self.recipe.to_json()
+        return {**asdict(self), "data": str(self.data), "recipe": recipe, "private": private}
 
     @classmethod
     def from_json(cls, fields: dict[str, Any]) -> DonationPlan:
         """Read back what `to_json` wrote."""
         private = None if fields["private"] is None else DpConstants.from_json(fields["private"])
-        return cls(**{**fields, "data": Path(fields["data"]), "private": private})
+        recipe = read_recipe_plan(fields["kind"], fields["recipe"])
+        data = Path(fields["data"])
+        return cls(**{**fields, "data": data, "recipe": recipe, "private": private})

@@ -73,8 +73,6 @@ from allograft.recipes.base import (
     DOSES,
     Attachment,
     Donor,
-    LoraPlan,
-    OrganPlan,
     Payload,
     Plan,
     Recipient,
@@ -88,7 +86,7 @@ from allograft.recipes.documents import (
     read_documents,
     split_documents,
 )
-from allograft.recipes.plan import LoopPlan, Step
+from allograft.recipes.plan import LoopPlan, Step, read_recipe_plan
 from allograft.recipes.snapshot import load_model, load_tokenizer
 from allograft.recipes.stack import Stack
 from allograft.recipes.windows import Windows, make_person_windows, make_windows
@@ -517,19 +515,8 @@ def _texts(documents: Sequence[Document], task: Task) -> list[str]:
 
 
 def _read_plan(fields: Mapping[str, canonical.Json]) -> Plan:
-    recipe = canonical.as_mapping(fields["recipe"])
+    recipe = read_recipe_plan(canonical.as_text(fields["kind"]), fields["recipe"])
     loop = canonical.as_mapping(fields["loop"])
-    made: OrganPlan | LoraPlan
-    if fields["kind"] == "lora":
-        made = LoraPlan(
-            rank=canonical.as_int(recipe["rank"]), alpha=canonical.as_number(recipe["alpha"])
-        )
-    else:
-        position = recipe.get("position")
-        made = OrganPlan(
-            blocks=canonical.as_int(recipe["blocks"]),
-            position=None if position is None else canonical.as_int(position),
-        )
     plan = LoopPlan(
         steps=canonical.as_int(loop["steps"]),
         batch_windows=canonical.as_int(loop["batch_windows"]),
@@ -540,4 +527,4 @@ def _read_plan(fields: Mapping[str, canonical.Json]) -> Plan:
         snapshot_s=canonical.as_number(loop["snapshot_s"]),
     )
     private = fields["private"]
-    return Plan(made, plan, None if private is None else DpConstants.from_json(private))
+    return Plan(recipe, plan, None if private is None else DpConstants.from_json(private))

@@ -24,6 +24,7 @@ from allograft.privacy.ledger import (
 )
 from allograft.privacy.report import Exposed, FullReport
 from allograft.provenance.statement import Architecture, BaseModel, write_base
+from allograft.recipes.plan import LoraPlan
 from allograft_client import main_privacy
 from allograft_client.budget import Budget
 from allograft_client.membership import create_site, join_consortium, read_invitation
@@ -134,7 +135,7 @@ def test_the_plan_fixes_who_is_a_person_and_donate_cannot(state, capsys) -> None
     made = draft(capsys, state, "--person-field", "patient")
     assert made["training"]["person_field"] == "patient"
     assert draft(capsys, state)["training"]["person_field"] == "person"
-    asked = DonationPlan("notes", "lora", state, "strict", "", "", "letters")
+    asked = DonationPlan("notes", "lora", state, "strict", "", "", "letters", LoraPlan())
     plan = find_plan(open_state(state), made["plan_id"]).plan
     assert asked.under(plan).person_field == "patient"
     command = ("donate", "--model", "notes", "--data", state, "--domain", "letters")
@@ -150,7 +151,7 @@ def test_the_plan_fixes_who_is_a_person_and_donate_cannot(state, capsys) -> None
      (("--delta", "1e-3"), (2, "")), (("--model", "unknown"), (1, "AG-SIT-003")),
      (("--clip", "1e39"), (1, "AG-PRV-050")), (("--clip", "1e-7"), (1, "AG-PRV-050")),
      (("--clip", "nan"), (1, "AG-PRV-050")), (("--holdout", "1.5"), (1, "AG-IN-003")),
-     (("--holdout", "nan"), (1, "AG-PRV-052")), (("--kind", "foo"), (1, "AG-IN-003")),
+     (("--holdout", "nan"), (1, "AG-PRV-052")), (("--kind", "foo"), (1, "AG-RCP-001")),
      (("--learning-rate", "nan"), (1, "AG-PRV-052")), (("--learning-rate", "0"), (1, "AG-RCP-035")),
      (("--alpha", "inf"), (1, "AG-PRV-052")), (("--rank", str(10**30)), (1, "AG-PRV-052")),
      (("--people-at-least", str(10**18), "--delta", "1e-20"), (1, "AG-PRV-050"))],
@@ -176,7 +177,7 @@ def test_a_plan_above_the_policy_is_warned_of_and_not_signed(state, capsys) -> N
 
 @pytest.mark.parametrize(
     ("path", "value", "code"),
-    [(("kind",), "foo", "AG-IN-003"), (("training", "holdout"), 1.5, "AG-IN-003"),
+    [(("kind",), "foo", "AG-RCP-001"), (("training", "holdout"), 1.5, "AG-IN-003"),
      (("training", "loop", "steps"), "many", "AG-IN-003"),
      (("training", "loop", "learning_rate"), 0, "AG-RCP-035"),
      (("training", "loop", "warmup_steps"), 20, "AG-PRV-052")],

@@ -16,7 +16,7 @@ from allograft.privacy.canaries import CanaryPlan
 from allograft.privacy.dp import DpConstants
 from allograft.privacy.people import draw_people, read_people
 from allograft.privacy.thresholds import AuditThresholds
-from allograft.recipes.plan import LoopPlan
+from allograft.recipes.plan import LoopPlan, OrganPlan
 from allograft_client import tasks
 from kit.tiny import tiny_model
 
@@ -51,7 +51,7 @@ def train(site, tmp_path, private):
     loop = LoopPlan(steps=4, batch_windows=4, warmup_steps=1)
     plan = {
         "kind": "organ",
-        "recipe": {"blocks": 1, "position": None},
+        "recipe": OrganPlan(blocks=1).to_json(),
         "loop": asdict(loop),
         "private": private.to_json() if private else None,
     }
@@ -95,7 +95,7 @@ def test_training_reads_nobody_who_is_held_out(site, tmp_path) -> None:
     (tmp_path / "without.jsonl").write_text("\n".join(kept), "utf-8")
     losses = []
     for data in (site / "notes.jsonl", tmp_path / "without.jsonl"):
-        plan = {"kind": "organ", "recipe": {"blocks": 1, "position": None},
+        plan = {"kind": "organ", "recipe": OrganPlan(blocks=1).to_json(),
                 "loop": asdict(LoopPlan(steps=3, batch_windows=4)), "private": None}  # fmt: skip
         (tmp_path / data.stem).mkdir()
         task = task_of(site, "train", workdir=str(tmp_path / data.stem), plan=plan)
@@ -110,7 +110,7 @@ def test_people_who_vanish_from_the_data_are_noticed(site, tmp_path) -> None:
     gone = read_people(site / "people.json").split.train[0]
     kept = [line for line in lines if str(json.loads(line)["patient"]) != gone]
     (tmp_path / "cut.jsonl").write_text("\n".join(kept), "utf-8")
-    plan = {"kind": "organ", "recipe": {"blocks": 1, "position": None},
+    plan = {"kind": "organ", "recipe": OrganPlan(blocks=1).to_json(),
             "loop": asdict(LoopPlan(steps=4)), "private": CONSTANTS.to_json()}  # fmt: skip
     task = task_of(site, "train", workdir=str(tmp_path), plan=plan)
     with pytest.raises(RejectedError) as refused:

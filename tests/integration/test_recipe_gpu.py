@@ -12,15 +12,13 @@ from allograft.privacy.train import PersonLoop, check_agreement, check_step
 from allograft.recipes import lora, organ
 from allograft.recipes.base import (
     Donor,
-    LoraPlan,
-    OrganPlan,
     Payload,
     Plan,
     Recipient,
     load_recipe,
 )
 from allograft.recipes.losses import PersonLosses
-from allograft.recipes.plan import LoopPlan
+from allograft.recipes.plan import LoopPlan, LoraPlan, OrganPlan
 from allograft.recipes.snapshot import state_digest
 from kit.tiny import FAMILIES, tiny_model, tiny_tokens, tiny_windows
 

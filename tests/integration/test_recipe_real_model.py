@@ -9,8 +9,6 @@ from transformers import AutoModelForCausalLM
 
 from allograft.recipes.base import (
     Donor,
-    LoraPlan,
-    OrganPlan,
     Payload,
     Plan,
     Recipient,
@@ -19,7 +17,7 @@ from allograft.recipes.base import (
 from allograft.recipes.documents import read_documents, split_documents
 from allograft.recipes.export import export_merged
 from allograft.recipes.losses import token_losses
-from allograft.recipes.plan import LoopPlan
+from allograft.recipes.plan import LoopPlan, LoraPlan, OrganPlan
 from allograft.recipes.snapshot import load_model, load_tokenizer, state_digest
 from allograft.recipes.stack import Stack, null_packet
 from allograft.recipes.windows import Windows, make_windows

@@ -29,6 +29,7 @@ from allograft.provenance.lineage import describe_base
 from allograft.provenance.statement import write_base
 from allograft.recipes.base import ModelShape
 from allograft.recipes.facts import OrganFacts
+from allograft.recipes.plan import OrganPlan
 from allograft.relay.item import describe_item, inline_files
 from allograft.relay.poll import Announcement
 from allograft.roster.records import CoordinatorRecord, Revocation, Roster, SiteRecord
@@ -285,7 +286,14 @@ class Member:
         data = self.home.path("private.txt")
         data.write_text("private text")
         plan = DonationPlan(
-            "base", "organ", data, "open", "synthetic", "data-steward", "discharge letters"
+            "base",
+            "organ",
+            data,
+            "open",
+            "synthetic",
+            "data-steward",
+            "discharge letters",
+            OrganPlan(),
         )
         return replace(plan, **changes)
 

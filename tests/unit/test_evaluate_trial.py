@@ -19,7 +19,6 @@ from allograft.evaluate.trial import OwnText, StateSeal, Subject, TrialPlan, run
 from allograft.recipes.base import (
     Attachment,
     Donor,
-    OrganPlan,
     Payload,
     Plan,
     Recipient,
@@ -27,7 +26,7 @@ from allograft.recipes.base import (
 )
 from allograft.recipes.documents import Document
 from allograft.recipes.loop import train
-from allograft.recipes.plan import LoopPlan
+from allograft.recipes.plan import LoopPlan, OrganPlan
 from allograft.recipes.snapshot import state_digest
 from allograft.recipes.windows import make_windows
 from kit.tiny import tiny_model

@@ -26,10 +26,9 @@ from allograft.privacy.train import (
     check_step,
 )
 from allograft.recipes import lora, organ
-from allograft.recipes.base import LoraPlan, OrganPlan
 from allograft.recipes.loop import train
 from allograft.recipes.losses import PersonLosses
-from allograft.recipes.plan import LoopPlan
+from allograft.recipes.plan import LoopPlan, LoraPlan, OrganPlan
 from allograft.recipes.windows import Windows
 from kit.tiny import FAMILIES, tiny_model
 

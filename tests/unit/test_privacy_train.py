@@ -29,9 +29,9 @@ from allograft.privacy.train import (
     check_step,
     measure_sensitivity,
 )
-from allograft.recipes.base import Donor, LoraPlan, OrganPlan, Plan, load_recipe
+from allograft.recipes.base import Donor, Plan, load_recipe
 from allograft.recipes.documents import Document
-from allograft.recipes.plan import LoopPlan
+from allograft.recipes.plan import LoopPlan, LoraPlan, OrganPlan
 from allograft.recipes.windows import Windows
 from kit.tiny import FAMILIES, tiny_model
 

@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 
 from allograft.errors import RejectedError
-from allograft.recipes.base import Donor, LoraPlan, OrganPlan, Plan, load_recipe
+from allograft.recipes.base import Donor, Plan, load_recipe
 from allograft.recipes.loop import SNAPSHOT, Training, train
 from allograft.recipes.losses import token_losses
-from allograft.recipes.plan import LoopPlan, Step
+from allograft.recipes.plan import LoopPlan, LoraPlan, OrganPlan, Step
 from allograft.recipes.windows import Windows
 from kit.tiny import tiny_model, tiny_windows
 
@@ -28,7 +28,7 @@ import os, signal, sys
 from pathlib import Path
 import torch
 from kit.tiny import tiny_model, tiny_windows
-from allograft.recipes.base import Donor, OrganPlan, Plan, load_recipe
+from allograft.recipes.base import Donor, Plan, load_recipe
 from allograft.recipes.plan import LoopPlan
 
 torch.set_num_threads(1)

@@ -17,8 +17,6 @@ from allograft.recipes.base import (
     Attachment,
     Donor,
     Extract,
-    LoraPlan,
-    OrganPlan,
     Payload,
     Plan,
     Recipient,
@@ -26,7 +24,7 @@ from allograft.recipes.base import (
 from allograft.recipes.export import export_peft
 from allograft.recipes.lora import LoraRecipe, target_linears
 from allograft.recipes.patch import has_attachments
-from allograft.recipes.plan import LoopPlan
+from allograft.recipes.plan import LoopPlan, LoraPlan, OrganPlan
 from allograft.recipes.snapshot import state_digest
 from kit.tiny import FAMILIES, LAYERS, logits_of, tiny_model, tiny_windows
 

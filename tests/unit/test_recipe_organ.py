@@ -18,9 +18,7 @@ from allograft.recipes.base import (
     Declaration,
     Donor,
     Extract,
-    LoraPlan,
     ModelCard,
-    OrganPlan,
     Payload,
     Plan,
     Recipient,
@@ -29,7 +27,7 @@ from allograft.recipes.base import (
 from allograft.recipes.facts import OrganFacts
 from allograft.recipes.loop import token_losses
 from allograft.recipes.organ import OrganRecipe, default_position
-from allograft.recipes.plan import LoopPlan
+from allograft.recipes.plan import LoopPlan, LoraPlan, OrganPlan
 from allograft.recipes.snapshot import state_digest
 from kit.tiny import FAMILIES, LAYERS, generate, logits_of, tiny_model, tiny_tokens, tiny_windows
 

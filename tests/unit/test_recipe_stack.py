@@ -14,15 +14,13 @@ from allograft.recipes import blocks
 from allograft.recipes.base import (
     Attachment,
     Donor,
-    LoraPlan,
-    OrganPlan,
     Payload,
     Plan,
     Recipient,
     load_recipe,
 )
 from allograft.recipes.export import export_merged, export_peft
-from allograft.recipes.plan import LoopPlan
+from allograft.recipes.plan import LoopPlan, LoraPlan, OrganPlan
 from allograft.recipes.snapshot import state_digest
 from allograft.recipes.stack import Stack, null_packet, stack_digest
 from kit.tiny import FAMILIES, generate, logits_of, tiny_model, tiny_windows

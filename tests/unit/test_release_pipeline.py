@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from allograft.privacy import egress, gates, shapes
-from allograft.recipes.base import Donor, LoraPlan, OrganPlan, Payload, Plan, Recipient, load_recipe
-from allograft.recipes.plan import LoopPlan
+from allograft.recipes.base import Donor, Payload, Plan, Recipient, load_recipe
+from allograft.recipes.plan import LoopPlan, LoraPlan, OrganPlan
 from allograft.recipes.snapshot import load_model
 from kit.tiny import tiny_model, tiny_windows
 

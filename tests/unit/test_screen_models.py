@@ -16,14 +16,12 @@ from allograft.evaluate.spectrum import leading_singular_values, weigh_attachmen
 from allograft.recipes.base import (
     Attachment,
     Donor,
-    LoraPlan,
-    OrganPlan,
     Payload,
     Plan,
     Recipient,
     load_recipe,
 )
-from allograft.recipes.plan import LoopPlan
+from allograft.recipes.plan import LoopPlan, LoraPlan, OrganPlan
 from allograft.recipes.snapshot import state_digest
 from allograft.recipes.windows import Windows
 from kit.tiny import tiny_model

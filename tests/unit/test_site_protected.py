@@ -21,6 +21,7 @@ from allograft.privacy.people import People
 from allograft.privacy.population import Population
 from allograft.privacy.report import FullReport
 from allograft.provenance.training import commit_data
+from allograft.recipes.plan import OrganPlan
 from allograft_client import dispatcher, donor, main_packet, protected
 from allograft_client.budget import Budget
 from kit.consortium import Consortium
@@ -190,7 +191,7 @@ class TestPlan:
     @pytest.mark.parametrize(
         "changes",
         [{"steps": 301}, {"window_tokens": 128}, {"kind": "lora"}, {"holdout": 0.5},
-         {"learning_rate": 1e-2}, {"blocks": 1}, {"person_field": "note"}],
+         {"learning_rate": 1e-2}, {"recipe": OrganPlan(blocks=1)}, {"person_field": "note"}],
     )  # fmt: skip
     def test_another_donation_than_planned_is_refused(self, two, changes) -> None:
         donation = donation_of(two[A], planned(two[A]), **changes)

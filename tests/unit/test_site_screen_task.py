@@ -13,8 +13,8 @@ from allograft.evaluate.screen import ScreenReport
 from allograft.evaluate.spectrum import weigh_attachment
 from allograft.provenance.ancestry import FILE_NAME
 from allograft.recipes.attachment import save_attachment
-from allograft.recipes.base import Donor, LoraPlan, Payload, Plan, Recipient, load_recipe
-from allograft.recipes.plan import LoopPlan
+from allograft.recipes.base import Donor, Payload, Plan, Recipient, load_recipe
+from allograft.recipes.plan import LoopPlan, LoraPlan
 from allograft.recipes.snapshot import load_model
 from allograft_client import tasks
 from kit.tiny import tiny_model, tiny_windows

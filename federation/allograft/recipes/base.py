@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from allograft.crypto import canonical
 from allograft.errors import RejectedError
 from allograft.privacy.dp import DpConstants
-from allograft.recipes.plan import LoopPlan, Step
+from allograft.recipes.plan import LoopPlan, RecipePlan, Step
 
 if TYPE_CHECKING:
     import torch
@@ -139,31 +139,10 @@ class Donor:
 
 
 @dataclass(frozen=True, slots=True)
-class OrganPlan:
-    """Where an organ's blocks come from and where they go; None lets the recipe choose."""
-
-    blocks: int = 2
-    source: int | None = None
-    position: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class LoraPlan:
-    """Rank, scale and the linear modules of each block that receive a low-rank change.
-
-    No targets means all linear modules of the family's blocks.
-    """
-
-    rank: int = 8
-    alpha: float = 16.0
-    target_modules: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
 class Plan:
     """How to train: one kind's choices, the loop's, and the constants of a private run."""
 
-    recipe: OrganPlan | LoraPlan
+    recipe: RecipePlan
     loop: LoopPlan
     private: DpConstants | None = None
 

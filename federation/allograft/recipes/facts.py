@@ -8,12 +8,13 @@ read statements. See protos/spec/recipes.md.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from allograft.crypto import canonical
 from allograft.errors import RejectedError
 from allograft.packet.adapter import AdapterSettings, check_adapter_settings, read_adapter_settings
-from allograft.recipes.base import ModelShape
+from allograft.recipes.base import Facts, ModelShape
 
 #: How a dose acts on an organ; stated in the facts so that no reader has to guess.
 DOSE_RULE = "residual-branches"
@@ -132,3 +133,22 @@ class LoraFacts:
             dtype=canonical.as_text(fields["dtype"]),
             peft_version=canonical.as_text(fields["peft_version"]),
         )
+
+
+#: How the facts of each kind are read.
+_READERS: Mapping[str, Callable[[canonical.Json], Facts]] = {
+    "organ": OrganFacts.from_json,
+    "lora": LoraFacts.from_json,
+}
+
+
+def read_facts(kind: str, value: canonical.Json) -> Facts:
+    """The facts of a packet of any kind, without its recipe.
+
+    Raises:
+        RejectedError: AG-RCP-001 for an unknown kind; what the kind's own reader refuses.
+    """
+    read = _READERS.get(kind)
+    if read is None:
+        raise RejectedError("AG-RCP-001", f"kind {kind[:40]!r} has no facts")
+    return read(value)

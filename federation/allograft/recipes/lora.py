@@ -31,7 +31,6 @@ from allograft.recipes.base import (
     Declaration,
     Donor,
     Extract,
-    LoraPlan,
     ModelCard,
     Payload,
     Plan,
@@ -49,7 +48,7 @@ from allograft.recipes.patch import (
     patch,
     unpatch,
 )
-from allograft.recipes.plan import LoopPlan
+from allograft.recipes.plan import LoopPlan, LoraPlan
 
 PAYLOAD = "adapter_model.safetensors"
 

@@ -30,7 +30,6 @@ from allograft.recipes.base import (
     Donor,
     Extract,
     ModelCard,
-    OrganPlan,
     Payload,
     Plan,
     Recipient,
@@ -40,7 +39,7 @@ from allograft.recipes.base import (
 from allograft.recipes.facts import OrganFacts
 from allograft.recipes.loop import SNAPSHOT, train
 from allograft.recipes.patch import has_attachments
-from allograft.recipes.plan import LoopPlan
+from allograft.recipes.plan import LoopPlan, OrganPlan
 from allograft.recipes.prefix import CacheBudget, choose_prefix, replayed_prefix
 
 PAYLOAD = "organ.safetensors"

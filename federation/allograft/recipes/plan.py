@@ -7,9 +7,124 @@ Every number here is public: it goes into the signed provenance statement as it 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol, Self
 
+from allograft.crypto import canonical
 from allograft.errors import RejectedError
+
+
+class RecipePlan(Protocol):
+    """One kind's choices. Its JSON stands in job, privacy plan and provenance alike."""
+
+    def to_json(self) -> dict[str, canonical.Json]:
+        """The choices as a JSON object."""
+        ...
+
+    @classmethod
+    def from_json(cls, value: canonical.Json) -> Self:
+        """Read them.
+
+        Raises:
+            RejectedError: AG-IN-003 if malformed.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class OrganPlan:
+    """Where an organ's blocks come from and where they go; None lets the recipe choose."""
+
+    blocks: int = 2
+    source: int | None = None
+    position: int | None = None
+
+    def to_json(self) -> dict[str, canonical.Json]:
+        """The choices as a JSON object."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: canonical.Json) -> OrganPlan:
+        """Read them.
+
+        Raises:
+            RejectedError: AG-IN-003 if malformed.
+        """
+        fields = canonical.as_object(value, cls.__dataclass_fields__.keys())
+        return cls(
+            blocks=canonical.as_int(fields["blocks"]),
+            source=_optional_int(fields["source"]),
+            position=_optional_int(fields["position"]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class LoraPlan:
+    """Rank, scale and the linear modules of each block that receive a low-rank change.
+
+    No targets means all linear modules of the family's blocks.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    target_modules: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, canonical.Json]:
+        """The choices as a JSON object."""
+        # No list: a privacy plan holds none, since a length could tell of the data.
+        return {**asdict(self), "target_modules": "+".join(self.target_modules)}
+
+    @classmethod
+    def from_json(cls, value: canonical.Json) -> LoraPlan:
+        """Read them.
+
+        Raises:
+            RejectedError: AG-IN-003 if malformed.
+        """
+        fields = canonical.as_object(value, cls.__dataclass_fields__.keys())
+        modules = canonical.as_text(fields["target_modules"])
+        return cls(
+            rank=canonical.as_int(fields["rank"]),
+            alpha=canonical.as_number(fields["alpha"]),
+            target_modules=tuple(modules.split("+")) if modules else (),
+        )
+
+
+#: What each kind lets a donor choose.
+RECIPE_PLANS: Mapping[str, type[RecipePlan]] = {"organ": OrganPlan, "lora": LoraPlan}
+
+
+def read_recipe_plan(kind: str, value: canonical.Json) -> RecipePlan:
+    """One kind's choices, as their `to_json` wrote them.
+
+    Raises:
+        RejectedError: AG-RCP-001 for an unknown kind, AG-IN-003 if malformed.
+    """
+    return _plan_class(kind).from_json(value)
+
+
+def make_recipe_plan(kind: str, **options: Any) -> RecipePlan:
+    """One kind's choices, from options of which other kinds' are left out.
+
+    Raises:
+        RejectedError: AG-RCP-001 for an unknown kind.
+    """
+    made = _plan_class(kind)
+    known = getattr(made, "__dataclass_fields__", {})
+    return made(**{name: value for name, value in options.items() if name in known})
+
+
+def _plan_class(kind: str) -> type[RecipePlan]:
+    made = RECIPE_PLANS.get(kind)
+    if made is None:
+        kinds = ", ".join(RECIPE_PLANS)
+        raise RejectedError("AG-RCP-001", f"kind {kind[:40]!r} is none of {kinds}")
+    return made
+
+
+def _optional_int(value: canonical.Json) -> int | None:
+    return None if value is None else canonical.as_int(value)
 
 
 @dataclass(frozen=True, slots=True)
