@@ -110,8 +110,8 @@ def cut_suffixes(
     """Every run of `length` tokens after a prompt of at least `PROMPT_TOKENS`, with its chances.
 
     One reading by teacher forcing gives the probability of every suffix, wherever it begins
-    (Hayes et al., arXiv 2410.19482); nothing is generated. A suffix is telling if at least a
-    quarter of its tokens are the person's own, see `_own_tokens`. Without that a template with a
+    (Hayes et al., arXiv 2410.19482); nothing is generated. A suffix is telling if at least an
+    eighth of its tokens are the person's own, see `_own_tokens`. Without that a template with a
     name copied from the prompt counts as a leak: MedQuAD's "signs and symptoms for Akesson" came
     back as readily of persons that the packet had never seen (33 suffixes) as of others (41).
 
@@ -132,7 +132,7 @@ def cut_suffixes(
         begins = np.arange(PROMPT_TOKENS - 1, len(tokens) - length + 1)
         for reading, found in zip((base, donated), logs, strict=True):
             found.append(-_run_sums(reading.nats[index], length)[begins])
-        telling.append(4 * _run_sums(own[index], length)[begins] >= length)
+        telling.append(8 * _run_sums(own[index], length)[begins] >= length)
         owners.append(np.full(len(begins), persons[index], dtype=np.int64))
     if not owners:
         empty = np.zeros(0, dtype=np.float64)
