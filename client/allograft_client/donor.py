@@ -23,6 +23,7 @@ from allograft.crypto import canonical, dsse
 from allograft.durable import durable_write
 from allograft.errors import UnavailableError
 from allograft.packet import container, oms
+from allograft.packet.kinds import find_kind
 from allograft.packet.tensors import check_file
 from allograft.privacy.dossier import Dossier, PayloadPart, Software, warnings_of
 from allograft.privacy.egress import WIRE_DTYPES, rebuild_file, with_wire_dtype
@@ -339,7 +340,7 @@ class _Donation:
         norms = {}
         for part in parts:
             with (payload / part.name).open("rb") as handle:
-                norms[part.name] = check_file(handle).frobenius_norm
+                norms[part.name] = check_file(handle, find_kind(plan.kind).rules).frobenius_norm
         return PacketStatement(
             packet_id=self._packet_id,
             donor=self._site.name,

@@ -432,12 +432,12 @@ def _export(task: Task, tell: Tell) -> dict[str, Any]:
     out = Path(_text(task, "out"))
     if _text(task, "format") == "peft":
         paths = [Path(canonical.as_text(path)) for path in canonical.as_list(task["stack"])]
-        adapters = [a for a in map(load_attachment, paths) if a.kind == "lora"]
-        if len(adapters) != 1 or len(paths) != 1:
+        if len(paths) != 1:
             raise RejectedError(
-                "AG-RCP-024", f"{len(paths)} attachments kept; a PEFT directory holds one LoRA"
+                "AG-RCP-024", f"{len(paths)} attachments kept; a PEFT directory holds one"
             )
-        export.export_peft(adapters[0], out, _text(task, "model"))
+        model = _text(task, "model")
+        export.export_peft(load_attachment(paths[0]), out, model, Path(model))
     else:
         tell({"stage": "loading model"})
         loaded = _load(task)

@@ -41,7 +41,7 @@ from allograft.recipes.base import (
 from allograft.recipes.facts import LoraFacts
 from allograft.recipes.loop import SNAPSHOT, train
 from allograft.recipes.patch import (
-    Change,
+    LowRank,
     has_attachments,
     is_patched,
     matrix_shape,
@@ -52,7 +52,8 @@ from allograft.recipes.plan import LoopPlan, LoraPlan
 
 PAYLOAD = "adapter_model.safetensors"
 
-_PEFT_PREFIX = "base_model.model."
+#: How PEFT begins the name of every tensor.
+PREFIX = "base_model.model."
 
 
 class LoraHandle:
@@ -143,9 +144,9 @@ class LoraRecipe:
         Raises:
             RejectedError: AG-RCP-023 if it is not attached.
         """
-        facts = _facts_of(handle.attachment)
-        for module in _targets(handle.model, facts).values():
-            unpatch(module, handle.attachment.attachment_id)
+        modules = _targets(handle.model, _facts_of(handle.attachment)).values()
+        places = [(module, "weight") for module in modules]
+        unpatch(places, handle.attachment.attachment_id)
 
 
 def target_linears(family: str, target_modules: tuple[str, ...]) -> tuple[str, ...]:
@@ -184,7 +185,7 @@ def _facts_of(attachment: Attachment) -> LoraFacts:
 def _targets(model: PreTrainedModel, facts: LoraFacts) -> dict[str, nn.Module]:
     """Target modules of the base's own blocks, by the names PEFT gives them in the plain base."""
     family = surgery.find_family(model.config)
-    prefix = f"{_PEFT_PREFIX}{family.trunk}.{family.blocks}"
+    prefix = f"{PREFIX}{family.trunk}.{family.blocks}"
     return {
         f"{prefix}.{number}.{linear}": block.get_submodule(linear)
         for number, block in enumerate(surgery.base_blocks(model))
@@ -203,10 +204,13 @@ def _write_changes(attachment: Attachment, model: PreTrainedModel) -> None:
         raise RejectedError("AG-RCP-021", "a dose lies between 0 and 1")
     transposed = surgery.find_family(model.config).transposed
     scale = attachment.dose * facts.alpha / facts.rank
+    places = []
     for name, module in _targets(model, facts).items():
         a = attachment.tensors[f"{name}.lora_A.weight"]
         b = attachment.tensors[f"{name}.lora_B.weight"]
-        patch(module, attachment.attachment_id, Change(a, b, scale, transposed))
+        left, right = (a.T, b.T) if transposed else (b, a)
+        places.append((module, "weight", LowRank(left, right, scale)))
+    patch(places, attachment.attachment_id)
 
 
 @contextlib.contextmanager
@@ -243,7 +247,7 @@ def _adapted(
             # Master weights in full precision: bfloat16 would round most updates away, and takes no
             # float32 gradient of a private step. The base's own are frozen and stay as they are.
             value.data = value.data.float()
-        names = {n: _PEFT_PREFIX + n.replace(".default.", ".") for n in parameters}
+        names = {n: PREFIX + n.replace(".default.", ".") for n in parameters}
         with surgery.checkpointed(model, plan.checkpointing):
             yield parameters, names
     finally:
