@@ -86,6 +86,7 @@ from allograft.recipes.documents import (
     read_documents,
     split_documents,
 )
+from allograft.recipes.facts import LoraFacts
 from allograft.recipes.plan import LoopPlan, Step, read_recipe_plan
 from allograft.recipes.snapshot import load_model, load_tokenizer
 from allograft.recipes.stack import Stack
@@ -437,7 +438,10 @@ def _export(task: Task, tell: Tell) -> dict[str, Any]:
             raise RejectedError(
                 "AG-RCP-024", f"{len(paths)} attachments kept; a PEFT directory holds one LoRA"
             )
-        export.export_peft(adapters[0], out, _text(task, "model"))
+        facts, model = adapters[0].facts, None
+        if isinstance(facts, LoraFacts) and facts.settings.dora:
+            model = _load(task).model
+        export.export_peft(adapters[0], out, _text(task, "model"), model)
     else:
         tell({"stage": "loading model"})
         loaded = _load(task)

@@ -2,9 +2,10 @@
 """How much and in which shape a packet changes each kind of matrix of its base.
 
 For an adapter the change is scale x B A; its singular values come from the small factors, and the
-product is never formed. For an organ it is each tensor less what training began from: the source
-block, silenced (see recipes.md). Against the unsilenced block the two output projections would
-show the base's own weights, not what was learnt. Seeded; runs on the model's device.
+product is never formed (DoRA's change is no such product and is weighed whole). For an organ it is
+each tensor less what training began from: the source block, silenced (see recipes.md). Against the
+unsilenced block the two output projections would show the base's own weights, not what was learnt.
+Seeded; runs on the model's device.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from transformers import PreTrainedModel
 from allograft.evaluate.screen import ModuleFigures
 from allograft.recipes.base import Attachment
 from allograft.recipes.facts import LoraFacts, OrganFacts
+from allograft.recipes.lora import changes_of
+from allograft.recipes.patch import DoraChange, original_weight
 from allograft.recipes.stack import starting_point
 
 _LEADING = 16  # singular values that are computed; the rest is known by its sum only
@@ -28,7 +31,7 @@ _POWER_PASSES = 2
 _ROWS = 256  # rows of a dense change that are squared at a time
 _ENTRIES = 1 << 16  # entries of B A that its kurtosis is estimated from
 
-_LORA_A = re.compile(r"\.\d+\.(?P<name>.+)\.lora_A\.weight$")
+_LORA_STEM = re.compile(r"^.+?\.\d+\.")
 _ORGAN = re.compile(r"^blocks\.\d+\.(?P<name>.+)$")
 
 
@@ -57,10 +60,13 @@ def _modules(
 ) -> Iterator[tuple[str, ModuleFigures]]:
     facts = attachment.facts
     if isinstance(facts, LoraFacts):
-        for name, a in sorted(attachment.tensors.items()):
-            if match := _LORA_A.search(name):
-                b = attachment.tensors[name.replace(".lora_A.", ".lora_B.")]
-                yield match["name"], _weigh_factors(a, b, facts.alpha / facts.rank, generator)
+        full = replace(attachment, dose=1.0)
+        for name, module, made in sorted(changes_of(full, model), key=lambda found: found[0]):
+            linear = _LORA_STEM.sub("", name)
+            if isinstance(made, DoraChange):
+                yield linear, _weigh_matrix(made.dense(original_weight(module)), generator)
+            else:
+                yield linear, _weigh_factors(made.a, made.b, made.scale, generator)
     elif isinstance(facts, OrganFacts):
         start = starting_point(attachment, model)
         for name, value in sorted(attachment.tensors.items()):

@@ -12,7 +12,6 @@ import contextlib
 import secrets
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ from allograft.provenance.ancestry import FILE_NAME, Ancestry
 from allograft.recipes.base import Attachment
 from allograft.recipes.blocks import FAMILIES
 from allograft.recipes.facts import LoraFacts
-from allograft.recipes.lora import PAYLOAD
+from allograft.recipes.lora import PAYLOAD, fold_dose
 
 
 def export_merged(
@@ -51,25 +50,32 @@ def export_merged(
             durable_write(temporary / FILE_NAME, ancestry.to_bytes())
 
 
-def export_peft(attachment: Attachment, directory: Path, base_model: str = "") -> None:
+def export_peft(
+    attachment: Attachment,
+    directory: Path,
+    base_model: str = "",
+    model: PreTrainedModel | None = None,
+) -> None:
     """Write a LoRA attachment as a directory for `PeftModel.from_pretrained`.
 
     Args:
-        attachment: A LoRA; its dose becomes part of `lora_alpha`.
+        attachment: A LoRA; its dose is folded into the adapter.
         directory: Must not exist yet.
         base_model: What the configuration should name as its base; empty leaves it open.
+        model: The base itself, for DoRA at a part of its dose.
 
     Raises:
-        RejectedError: AG-RCP-024 for other kinds, for dose 0, or if the directory exists.
+        RejectedError: AG-RCP-024 for other kinds, for dose 0, if the directory exists, or if the
+            base is needed and there is none.
     """
     facts = attachment.facts
     if not isinstance(facts, LoraFacts) or attachment.dose == 0.0:
         raise RejectedError("AG-RCP-024", f"a {attachment.kind} at this dose is no PEFT adapter")
-    settings = replace(facts.settings, alpha=facts.alpha * attachment.dose)
+    settings, tensors = fold_dose(attachment, model)
     transposed = FAMILIES[facts.shape.family].transposed
     config = render_adapter_config(settings, base_model, transposed=transposed)
     with _new_directory(directory) as temporary:
-        durable_write(temporary / PAYLOAD, save(dict(attachment.tensors), {"format": "pt"}))
+        durable_write(temporary / PAYLOAD, save(tensors, {"format": "pt"}))
         durable_write(temporary / CONFIG_NAME, config)
 
 

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA: low-rank changes to linear modules, in PEFT's own file format.
+"""LoRA, rsLoRA and DoRA: low-rank changes to linear modules, in PEFT's own file format.
 
 PEFT trains the adapter; the payload is the file `PeftModel.from_pretrained` reads, next to a
 configuration that each recipient rebuilds from the signed facts. Attaching does not go through
 PEFT: it keys adapters by block index, and after an organ has been inserted an index means another
 block, without any error. Here block n is the base's own block n, whatever stands around it, and
-the change is written into the weight, so the model stays a stock one.
+the change is written into the weight, so the model stays a stock one. With a frozen A the file
+holds the B matrices alone, and each side draws A for itself (see `frozen`).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from transformers import PreTrainedModel
 from allograft.crypto import canonical
 from allograft.durable import durable_write
 from allograft.errors import RejectedError
+from allograft.packet.adapter import AdapterSettings
 from allograft.recipes import blocks as surgery
 from allograft.recipes.attachment import DTYPES, read_tensors
 from allograft.recipes.base import (
@@ -39,13 +41,17 @@ from allograft.recipes.base import (
     check_base,
 )
 from allograft.recipes.facts import LoraFacts
+from allograft.recipes.frozen import draw_a
 from allograft.recipes.loop import SNAPSHOT, train
 from allograft.recipes.patch import (
     Change,
+    DoraChange,
     has_attachments,
     is_patched,
     matrix_shape,
+    original_weight,
     patch,
+    row_lengths,
     unpatch,
 )
 from allograft.recipes.plan import LoopPlan, LoraPlan
@@ -114,14 +120,21 @@ class LoraRecipe:
         facts = LoraFacts.from_json(dict(payload.facts))
         if surgery.base_shape(recipient.model) != facts.shape:
             raise RejectedError("AG-RCP-010", "the adapter was made on a model of another shape")
-        transposed = surgery.FAMILIES[facts.shape.family].transposed
+        settings, transposed = facts.settings, surgery.FAMILIES[facts.shape.family].transposed
         expected: dict[str, tuple[int, ...]] = {}
+        drawn: dict[str, torch.Tensor] = {}
         for name, module in _targets(recipient.model, facts).items():
             outputs, inputs = matrix_shape(module, transposed)
-            expected[f"{name}.lora_A.weight"] = (facts.rank, inputs)
-            expected[f"{name}.lora_B.weight"] = (outputs, facts.rank)
+            expected[f"{name}.lora_B.weight"] = (outputs, settings.rank)
+            if settings.frozen_a:
+                a = draw_a(settings.frozen_a, name, settings.rank, inputs)
+                drawn[f"{name}.lora_A.weight"] = a
+            else:
+                expected[f"{name}.lora_A.weight"] = (settings.rank, inputs)
+            if settings.dora:
+                expected[f"{name}.lora_magnitude_vector"] = (outputs,)
         tensors = read_tensors(payload.directory / PAYLOAD, expected, DTYPES[facts.dtype])
-        return Attachment(self.kind, payload.packet_id, facts, tensors)
+        return Attachment(self.kind, payload.packet_id, facts, tensors | drawn)
 
     def attach(self, attachment: Attachment, model: PreTrainedModel) -> LoraHandle:
         """Write an adapter's changes into the base's own blocks at its dose.
@@ -171,9 +184,9 @@ def _plan_facts(model: PreTrainedModel, plan: object) -> LoraFacts:
         raise RejectedError("AG-RCP-022", "an adapter is trained on the plain base")
     shape = surgery.describe_model(model.config)
     linears = target_linears(shape.family, plan.target_modules)
-    last = sorted({name.rpartition(".")[2] for name in linears})
+    last = tuple(sorted({name.rpartition(".")[2] for name in linears}))
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    return LoraFacts(shape, plan.rank, plan.alpha, tuple(last), dtype, version("peft"))
+    return LoraFacts(shape, plan.settings(last), dtype, version("peft"))
 
 
 def _facts_of(attachment: Attachment) -> LoraFacts:
@@ -188,7 +201,7 @@ def _targets(model: PreTrainedModel, facts: LoraFacts) -> dict[str, nn.Module]:
     return {
         f"{prefix}.{number}.{linear}": block.get_submodule(linear)
         for number, block in enumerate(surgery.base_blocks(model))
-        for linear in target_linears(facts.shape.family, facts.target_modules)
+        for linear in target_linears(facts.shape.family, facts.settings.target_modules)
     }
 
 
@@ -197,16 +210,89 @@ def _is_attached(attachment: Attachment, model: PreTrainedModel) -> bool:
     return any(is_patched(module, attachment.attachment_id) for module in modules)
 
 
-def _write_changes(attachment: Attachment, model: PreTrainedModel) -> None:
-    facts = _facts_of(attachment)
-    if not 0.0 <= attachment.dose <= 1.0:
+def changes_of(
+    attachment: Attachment, model: PreTrainedModel
+) -> Iterator[tuple[str, nn.Module, Change | DoraChange]]:
+    """Each target's name, its module and its change at the attachment's dose.
+
+    Raises:
+        RejectedError: AG-RCP-021 for a bad dose.
+    """
+    facts, dose = _facts_of(attachment), attachment.dose
+    if not 0.0 <= dose <= 1.0:
         raise RejectedError("AG-RCP-021", "a dose lies between 0 and 1")
     transposed = surgery.find_family(model.config).transposed
-    scale = attachment.dose * facts.alpha / facts.rank
+    settings = facts.settings
+    scale = settings.scale if settings.dora else dose * settings.scale
     for name, module in _targets(model, facts).items():
         a = attachment.tensors[f"{name}.lora_A.weight"]
         b = attachment.tensors[f"{name}.lora_B.weight"]
-        patch(module, attachment.attachment_id, Change(a, b, scale, transposed))
+        change = Change(a, b, scale, transposed)
+        if settings.dora:
+            lengths = attachment.tensors[f"{name}.lora_magnitude_vector"]
+            yield name, module, DoraChange(change, lengths, dose)
+        else:
+            yield name, module, change
+
+
+def starting_tensors(attachment: Attachment, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """What training began from, where a recipient can know it: frozen A's, and the base's lengths.
+
+    A trained A begins as noise too, but of a seed that only the donor knows.
+    """
+    facts, transposed = _facts_of(attachment), surgery.find_family(model.config).transposed
+    start: dict[str, torch.Tensor] = {}
+    for name, module in _targets(model, facts).items():
+        if facts.settings.frozen_a:
+            start[f"{name}.lora_A.weight"] = attachment.tensors[f"{name}.lora_A.weight"]
+        if facts.settings.dora:
+            lengths = row_lengths(original_weight(module), transposed)
+            start[f"{name}.lora_magnitude_vector"] = lengths.to("cpu")
+    return start
+
+
+def fold_dose(
+    attachment: Attachment, model: PreTrainedModel | None
+) -> tuple[AdapterSettings, dict[str, torch.Tensor]]:
+    """An adapter that does at full dose what this one does at its own.
+
+    Without DoRA the dose becomes part of alpha. With it, W + d (m V / |V| - W) is k times W with a
+    low-rank change again, where V = W + s B A, c = m / |V| and k = 1 - d + d c for each row: B is
+    multiplied by d c / k, and the new length is k times that of the new V.
+
+    Args:
+        attachment: A LoRA.
+        model: Its base, which DoRA needs for any dose but 1.
+
+    Raises:
+        RejectedError: AG-RCP-024 where the base is needed and there is none, or a row vanishes.
+    """
+    settings, tensors = _facts_of(attachment).settings, dict(attachment.tensors)
+    if not settings.dora:
+        return replace(settings, alpha=settings.alpha * attachment.dose), tensors
+    if attachment.dose == 1.0:
+        return settings, tensors
+    if model is None:
+        raise RejectedError("AG-RCP-024", "a DoRA adapter at a part of its dose needs its base")
+    for name, module, change in changes_of(attachment, model):
+        assert isinstance(change, DoraChange)
+        weight, low_rank = original_weight(module).to("cpu", torch.float32), change.low_rank
+        transposed = low_rank.transposed
+        found = row_lengths(weight + low_rank.dense(weight), transposed)
+        parts = change.scale * torch.where(found > 0.0, change.magnitude.float() / found, 0.0)
+        whole = 1.0 - change.scale + parts
+        folded = replace(low_rank, b=low_rank.b.float() * (parts / whole)[:, None])
+        lengths = whole * row_lengths(weight + folded.dense(weight), transposed)
+        if not bool(torch.isfinite(lengths).all()):
+            raise RejectedError("AG-RCP-024", "an output of the adapter vanishes at this dose")
+        tensors[f"{name}.lora_B.weight"] = folded.b
+        tensors[f"{name}.lora_magnitude_vector"] = lengths
+    return settings, tensors
+
+
+def _write_changes(attachment: Attachment, model: PreTrainedModel) -> None:
+    for _, module, change in changes_of(attachment, model):
+        patch(module, attachment.attachment_id, change)
 
 
 @contextlib.contextmanager
@@ -220,10 +306,13 @@ def _adapted(
     """
     import peft  # Nine seconds; only a donor that trains an adapter pays them.
 
-    settings = peft.LoraConfig(
-        r=facts.rank,
-        lora_alpha=facts.alpha,
-        target_modules=list(facts.target_modules),
+    settings = facts.settings
+    config = peft.LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        target_modules=list(settings.target_modules),
+        use_rslora=settings.rslora,
+        use_dora=settings.dora,
         lora_dropout=0.0,
         bias="none",
         fan_in_fan_out=surgery.FAMILIES[facts.shape.family].transposed,
@@ -235,15 +324,21 @@ def _adapted(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(plan.seed)
         # The tuner alone, without PeftModel's wrapper: what we need is the adapted modules.
-        tuner: Any = peft.LoraModel(model, settings, "default")
+        tuner: Any = peft.LoraModel(model, config, "default")
     model.eval()
     try:
-        parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        for value in parameters.values():
+        adapter = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        for value in adapter.values():
             # Master weights in full precision: bfloat16 would round most updates away, and takes no
             # float32 gradient of a private step. The base's own are frozen and stay as they are.
             value.data = value.data.float()
-        names = {n: _PEFT_PREFIX + n.replace(".default.", ".") for n in parameters}
+        names = {n: _peft_name(n) for n in adapter}
+        parameters = dict(adapter)
+        if settings.frozen_a:
+            for n in [n for n in adapter if ".lora_A." in n]:
+                stem, value = names[n].partition(".lora_A.")[0], parameters.pop(n)
+                a = draw_a(settings.frozen_a, stem, *value.shape)
+                value.requires_grad_(False).data = a.to(value.device)
         with surgery.checkpointed(model, plan.checkpointing):
             yield parameters, names
     finally:
@@ -252,6 +347,12 @@ def _adapted(
             value.requires_grad_(flag)
         for module, mode in modes:
             module.training = mode
+
+
+def _peft_name(name: str) -> str:
+    """The name of an adapter's parameter in PEFT's file format."""
+    name = _PEFT_PREFIX + name.replace(".default.", ".")
+    return name.removesuffix(".weight") if ".lora_magnitude_vector." in name else name
 
 
 def _train_adapter(

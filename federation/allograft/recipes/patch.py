@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Low-rank changes written into weights, and taken out again exactly.
+"""Changes written into weights, and taken out again exactly.
 
 A patched matrix remembers its original and every change on it, by owner. Its value is always
 original + the sum of the changes in the order of their owners' ids, so it depends on which
@@ -29,27 +29,82 @@ class Change:
     scale: float
     transposed: bool  # the matrix is stored input-first
 
-    def dense(self, device: torch.device) -> torch.Tensor:
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight that it fits, as stored."""
+        outputs, inputs = self.b.shape[0], self.a.shape[1]
+        return (inputs, outputs) if self.transposed else (outputs, inputs)
+
+    def dense(self, original: torch.Tensor) -> torch.Tensor:
         """The change as a matrix in the storage order of the weight, in float32."""
+        device = original.device
         product = self.b.to(device, torch.float32) @ self.a.to(device, torch.float32)
         return (product.T if self.transposed else product) * self.scale
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DoraChange:
+    """scale · (m V / |V| - W), where V is the original W with a low-rank change.
+
+    m [outputs] and |V| are lengths of each output's row. A row of V without length stays without:
+    PEFT would divide by zero.
+    """
+
+    low_rank: Change
+    magnitude: torch.Tensor
+    scale: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight that it fits, as stored."""
+        return self.low_rank.shape
+
+    def dense(self, original: torch.Tensor) -> torch.Tensor:
+        """The change as a matrix in the storage order of the weight, in float32."""
+        before = original.to(torch.float32)
+        after = before + self.low_rank.dense(original)
+        wanted = self.magnitude.to(after.device, torch.float32)
+        found = row_lengths(after, self.low_rank.transposed)
+        factors = torch.where(found > 0.0, wanted / found, 0.0)
+        after *= factors if self.low_rank.transposed else factors[:, None]
+        return after.sub_(before).mul_(self.scale)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DenseChange:
+    """scale · a matrix in the storage order of the weight."""
+
+    matrix: torch.Tensor
+    scale: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the weight that it fits, as stored."""
+        return tuple(self.matrix.shape)
+
+    def dense(self, original: torch.Tensor) -> torch.Tensor:
+        """The change, in float32."""
+        return self.matrix.to(original.device, torch.float32) * self.scale
+
+
+AnyChange = Change | DoraChange | DenseChange
 
 
 @dataclass(slots=True)
 class _Patches:
     original: torch.Tensor
-    changes: dict[str, Change] = field(default_factory=dict)
+    changes: dict[str, AnyChange] = field(default_factory=dict)
 
 
-def patch(module: nn.Module, owner: str, change: Change) -> None:
+def patch(module: nn.Module, owner: str, change: AnyChange) -> None:
     """Add a change to a module's weight, or replace this owner's earlier one.
 
     Raises:
         RejectedError: AG-RCP-003 if the change has another shape than the weight.
     """
     weight = _weight(module)
-    if matrix_shape(module, change.transposed) != (change.b.shape[0], change.a.shape[1]):
-        raise RejectedError("AG-RCP-003", "a low-rank change does not fit its matrix")
+    if change.shape != tuple(weight.shape):
+        raise RejectedError("AG-RCP-003", "a change does not fit its matrix")
     patches: _Patches | None = getattr(module, _PATCHES, None)
     if patches is None:
         patches = _Patches(weight.detach().clone())
@@ -85,6 +140,18 @@ def matrix_shape(module: nn.Module, transposed: bool) -> tuple[int, int]:
     return (second, first) if transposed else (first, second)
 
 
+def original_weight(module: nn.Module) -> torch.Tensor:
+    """A linear module's weight as it is without any change on it."""
+    patches: _Patches | None = getattr(module, _PATCHES, None)
+    return _weight(module).detach() if patches is None else patches.original
+
+
+def row_lengths(weight: torch.Tensor, transposed: bool) -> torch.Tensor:
+    """The length of each output's row, [outputs], in float32."""
+    lengths: torch.Tensor = weight.to(torch.float32).norm(dim=0 if transposed else 1)
+    return lengths
+
+
 def has_attachments(model: PreTrainedModel) -> bool:
     """Whether a model carries anything that an attachment put there."""
     return has_insertions(model) or any(is_patched(module) for module in model.modules())
@@ -97,14 +164,15 @@ def _write(weight: nn.Parameter, patches: _Patches) -> None:
         if not active:
             weight.copy_(patches.original)
             return
-        total = patches.original.to(weight.device, torch.float32, copy=True)
+        original = patches.original.to(weight.device)
+        total = original.to(torch.float32, copy=True)
         for owner in sorted(active):
-            total += active[owner].dense(weight.device)
+            total += active[owner].dense(original)
         weight.copy_(total)
 
 
 def _weight(module: nn.Module) -> nn.Parameter:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, nn.Parameter) or weight.ndim != 2:
-        raise RejectedError("AG-RCP-003", "a low-rank change targets something without a matrix")
+        raise RejectedError("AG-RCP-003", "a change targets something without a matrix")
     return weight
