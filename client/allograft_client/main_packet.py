@@ -18,7 +18,16 @@ from allograft.recipes.plan import make_recipe_plan
 from allograft_client import requests
 from allograft_client.follow import follow
 from allograft_client.main_model import finish
-from allograft_client.options import StateOption, TimeoutOption, WaitOption, open_state
+from allograft_client.options import (
+    DoraOption,
+    FrozenOption,
+    RsloraOption,
+    StateOption,
+    TargetOption,
+    TimeoutOption,
+    WaitOption,
+    open_state,
+)
 from allograft_client.plan import DonationPlan
 from allograft_client.plan_files import find_plan
 from allograft_client.protected import REPORT_NAME
@@ -68,6 +77,10 @@ def donate(
     position: Annotated[int | None, typer.Option(min=0, help="Organ: where they go.")] = None,
     rank: Annotated[int, typer.Option(min=1, help="LoRA: rank.")] = 8,
     alpha: Annotated[float, typer.Option(help="LoRA: scale.")] = 16.0,
+    target_module: TargetOption = None,
+    rslora: RsloraOption = False,
+    dora: DoraOption = False,
+    frozen_a: FrozenOption = "",
     seed: Annotated[int, typer.Option(min=0, help="Seed of split and training.")] = 0,
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Less memory, a third more time.")
@@ -105,7 +118,17 @@ def donate(
         seed=seed,
         window_tokens=window,
         checkpointing=checkpointing,
-        recipe=make_recipe_plan(recipe, blocks=blocks, position=position, rank=rank, alpha=alpha),
+        recipe=make_recipe_plan(
+            recipe,
+            blocks=blocks,
+            position=position,
+            rank=rank,
+            alpha=alpha,
+            target_modules=tuple(target_module or ()),
+            rslora=rslora,
+            dora=dora,
+            frozen_a=frozen_a,
+        ),
         privacy_plan=privacy_plan,
     )
     if privacy_plan:

@@ -22,7 +22,14 @@ from allograft.privacy.plan import RELATION, SAMPLER, UNIT, PrivacyPlan
 from allograft.recipes.documents import group_persons, read_documents
 from allograft.recipes.plan import make_recipe_plan
 from allograft_client.budget import Budget
-from allograft_client.options import StateOption, open_state
+from allograft_client.options import (
+    DoraOption,
+    FrozenOption,
+    RsloraOption,
+    StateOption,
+    TargetOption,
+    open_state,
+)
 from allograft_client.plan import DonationPlan
 from allograft_client.plan_files import FiledPlan, check_cost, file_draft, find_plan, sign_draft
 from allograft_client.site import Site, model_base
@@ -79,6 +86,10 @@ def new(
     position: Annotated[int | None, typer.Option(min=0, help="Organ: where they go.")] = None,
     rank: Annotated[int, typer.Option(min=1, help="LoRA: rank.")] = 8,
     alpha: Annotated[float, typer.Option(help="LoRA: scale.")] = 16.0,
+    target_module: TargetOption = None,
+    rslora: RsloraOption = False,
+    dora: DoraOption = False,
+    frozen_a: FrozenOption = "",
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Less memory, a third more time.")
     ] = False,
@@ -124,7 +135,17 @@ def new(
         batch_windows=batch,
         learning_rate=learning_rate,
         window_tokens=window,
-        recipe=make_recipe_plan(kind, blocks=blocks, position=position, rank=rank, alpha=alpha),
+        recipe=make_recipe_plan(
+            kind,
+            blocks=blocks,
+            position=position,
+            rank=rank,
+            alpha=alpha,
+            target_modules=tuple(target_module or ()),
+            rslora=rslora,
+            dora=dora,
+            frozen_a=frozen_a,
+        ),
         checkpointing=checkpointing,
         holdout=holdout,
         person_field=person_field,

@@ -124,6 +124,14 @@ def test_the_plan_fixes_how_the_donation_will_train(state, capsys) -> None:
     assert training["loop"]["steps"] == made["constants"]["steps"]
 
 
+def test_the_plan_fixes_what_kind_of_adapter_it_will_be(state, capsys) -> None:
+    modules = ("--target-module", "q_proj", "--target-module", "up_proj")
+    made = draft(capsys, state, *modules, "--rslora", "--frozen-a", "wards.2026")
+    recipe = LoraPlan.from_json(made["training"]["recipe"])
+    assert recipe == LoraPlan(8, 16.0, ("q_proj", "up_proj"), True, False, "wards.2026")
+    assert LoraPlan.from_json(draft(capsys, state, "--dora")["training"]["recipe"]).dora
+
+
 def test_loop_parameters_tell_nothing_of_the_data(state, capsys) -> None:
     assert refusal(
         capsys, "plan", "new", "--model", "notes", "--domain", "d", "--target-epsilon", 3,
@@ -154,6 +162,9 @@ def test_the_plan_fixes_who_is_a_person_and_donate_cannot(state, capsys) -> None
      (("--holdout", "nan"), (1, "AG-PRV-052")), (("--kind", "foo"), (1, "AG-RCP-001")),
      (("--learning-rate", "nan"), (1, "AG-PRV-052")), (("--learning-rate", "0"), (1, "AG-RCP-035")),
      (("--alpha", "inf"), (1, "AG-PRV-052")), (("--rank", str(10**30)), (1, "AG-PRV-052")),
+     (("--dora", "--frozen-a", "wards"), (1, "AG-PKT-009")),
+     (("--target-module", "lm_head"), (1, "AG-PKT-009")),
+     (("--frozen-a", "Mrs Smith"), (1, "AG-PRV-052")), (("--rank", "600"), (1, "AG-PKT-009")),
      (("--people-at-least", str(10**18), "--delta", "1e-20"), (1, "AG-PRV-050"))],
 )  # fmt: skip
 def test_refuses_a_plan_that_promises_nothing(state, capsys, more, refused) -> None:

@@ -154,7 +154,7 @@ def test_tied_embeddings_are_left_alone(tmp_path: Path) -> None:
 def test_chosen_targets_are_the_only_ones_changed(tmp_path: Path) -> None:
     model = tiny_model("gpt2")
     made = extract(model, tmp_path, LoraPlan(2, 4.0, ("c_proj",)))
-    assert made.facts.target_modules == ("c_proj",)
+    assert made.facts.settings.target_modules == ("c_proj",)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     RECIPE.attach(fit(model, tmp_path, made), model)
     changed = {n for n, v in model.state_dict().items() if not torch.equal(v, before[n])}

@@ -238,10 +238,15 @@ def _check_log(
 
 
 def _render_config(statement: PacketStatement) -> bytes:
-    """The adapter configuration of a lora, from signed facts; nothing for other kinds."""
+    """The adapter configuration of a lora, from signed facts; nothing for other kinds.
+
+    Nor for a frozen A: the file is no whole adapter until a site has drawn A.
+    """
     if statement.kind != "lora":
         return b""
     settings = adapter.read_adapter_settings(statement.facts)
+    if settings.frozen_a:
+        return b""
     family = statement.base.architecture.family
     return adapter.render_adapter_config(settings, transposed=adapter.is_transposed(family))
 

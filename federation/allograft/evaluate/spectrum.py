@@ -2,10 +2,11 @@
 """How much and in which shape a packet changes each kind of matrix of its base.
 
 For an adapter the change is scale x B A; its singular values come from the small factors, and the
-product is never formed. A delta's directions are unpacked to such factors. For an organ it is each
-tensor less what training began from: the source block, silenced (see recipes.md). Against the
-unsilenced block the two output projections would show the base's own weights, not what was learnt.
-Seeded; runs on the model's device.
+product is never formed (DoRA's change is no such product and is weighed whole). A delta's
+directions are unpacked to such factors. For an organ it is each tensor less what training began
+from: the source block, silenced (see recipes.md). Against the unsilenced block the two output
+projections would show the base's own weights, not what was learnt. Seeded; runs on the model's
+device.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from allograft.recipes.base import Attachment
 from allograft.recipes.delta import delta_places, packed_directions
 from allograft.recipes.factors import unpack
 from allograft.recipes.facts import DeltaFacts, LoraFacts, OrganFacts
+from allograft.recipes.lora import changes_of
+from allograft.recipes.patch import LowRank, make_dense, original_weight
 from allograft.recipes.stack import starting_point
 
 _LEADING = 16  # singular values that are computed; the rest is known by its sum only
@@ -31,7 +34,7 @@ _POWER_PASSES = 2
 _ROWS = 256  # rows of a dense change that are squared at a time
 _ENTRIES = 1 << 16  # entries of B A that its kurtosis is estimated from
 
-_LORA_A = re.compile(r"\.\d+\.(?P<name>.+)\.lora_A\.weight$")
+_LORA_STEM = re.compile(r"^.+?\.\d+\.")
 _ORGAN = re.compile(r"^blocks\.\d+\.(?P<name>.+)$")
 _VECTOR = re.compile(r"^blocks\.\d+\.(?P<name>.+)\.change$")
 
@@ -61,10 +64,13 @@ def _modules(
 ) -> Iterator[tuple[str, ModuleFigures]]:
     facts = attachment.facts
     if isinstance(facts, LoraFacts):
-        for name, a in sorted(attachment.tensors.items()):
-            if match := _LORA_A.search(name):
-                b = attachment.tensors[name.replace(".lora_A.", ".lora_B.")]
-                yield match["name"], _weigh_factors(a, b, facts.alpha / facts.rank, generator)
+        full = replace(attachment, dose=1.0)
+        for name, module, change in sorted(changes_of(full, model), key=lambda found: found[0]):
+            linear = _LORA_STEM.sub("", name)
+            if isinstance(change, LowRank):
+                yield linear, _weigh_factors(change.right, change.left, change.scale, generator)
+            else:
+                yield linear, _weigh_matrix(make_dense(change, original_weight(module)), generator)
     elif isinstance(facts, DeltaFacts):
         places = delta_places(model)
         for target, packed in sorted(packed_directions(attachment).items()):
@@ -78,9 +84,9 @@ def _modules(
         start = starting_point(attachment, model)
         for name, value in sorted(attachment.tensors.items()):
             if match := _ORGAN.match(name):
-                change = value.to(model.device, torch.float32)
-                change = change - start[name].to(model.device, torch.float32)
-                yield match["name"], _weigh_matrix(change.reshape(len(change), -1), generator)
+                learnt = value.to(model.device, torch.float32)
+                learnt = learnt - start[name].to(model.device, torch.float32)
+                yield match["name"], _weigh_matrix(learnt.reshape(len(learnt), -1), generator)
 
 
 def _module_name(target: str) -> str:

@@ -2,12 +2,13 @@
 """The settings of a LoRA adapter, and the PEFT configuration rebuilt from them.
 
 A donor's `adapter_config.json` never travels: PEFT configurations name classes, files and hub
-repositories. The signed statement carries three typed values; the recipient writes the rest.
+repositories. The signed statement carries six typed values; the recipient writes the rest.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from allograft.errors import RejectedError
 CONFIG_NAME = "adapter_config.json"
 
 _MODULE = re.compile(r"[A-Za-z0-9_]{1,64}")
+_SEED = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 # Names under which embeddings and output heads are known. Their changed rows tell which tokens
 # occurred in the donor's text, so no adapter may touch them.
 _TOKEN_MODULES = frozenset(
@@ -38,11 +40,22 @@ class AdapterSettings:
         rank: Rank of each low-rank change.
         alpha: The change is scaled by alpha / rank.
         target_modules: Last components of module names, such as `q_proj`.
+        rslora: Scaled by alpha / sqrt(rank) instead.
+        dora: Each output's row of the changed matrix is brought to a length of its own.
+        frozen_a: Name of the public seed that every A is drawn from; empty for trained ones.
     """
 
     rank: int
     alpha: float
     target_modules: tuple[str, ...]
+    rslora: bool = False
+    dora: bool = False
+    frozen_a: str = ""
+
+    @property
+    def scale(self) -> float:
+        """What B A is multiplied with at full dose."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 def read_adapter_settings(facts: Mapping[str, canonical.Json]) -> AdapterSettings:
@@ -58,6 +71,9 @@ def read_adapter_settings(facts: Mapping[str, canonical.Json]) -> AdapterSetting
             target_modules=tuple(
                 canonical.as_text(name) for name in canonical.as_list(facts.get("target_modules"))
             ),
+            rslora=canonical.as_bool(facts.get("rslora", False)),
+            dora=canonical.as_bool(facts.get("dora", False)),
+            frozen_a=canonical.as_text(facts.get("frozen_a", "")),
         )
     except RejectedError as error:
         raise RejectedError("AG-PKT-009", f"adapter settings: {error.cause}") from error
@@ -79,6 +95,11 @@ def check_adapter_settings(settings: AdapterSettings) -> AdapterSettings:
         # PEFT reads a lone string as a regular expression; names are plain words in a list.
         if not _MODULE.fullmatch(name) or name in _TOKEN_MODULES:
             raise RejectedError("AG-PKT-009", "an adapter names a module that is not allowed")
+    if settings.frozen_a and not _SEED.fullmatch(settings.frozen_a):
+        raise RejectedError("AG-PKT-009", "the name of a seed has the wrong form")
+    if settings.frozen_a and settings.dora:
+        # A is shared so that adapters average exactly, which DoRA's division by a norm undoes.
+        raise RejectedError("AG-PKT-009", "an adapter with a frozen A has no lengths of its own")
     return settings
 
 
@@ -119,6 +140,7 @@ def render_adapter_config(
         "rank_pattern": pattern,
         "target_modules": sorted(settings.target_modules),
         "task_type": "CAUSAL_LM",
-        "use_rslora": False,
+        "use_dora": settings.dora,
+        "use_rslora": settings.rslora,
     }
     return (json.dumps(document, indent=2, sort_keys=True) + "\n").encode("utf-8")

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,7 +19,7 @@ import numpy as np
 
 from allograft.crypto import canonical
 from allograft.errors import RejectedError
-from allograft.packet.adapter import read_adapter_settings
+from allograft.packet.adapter import AdapterSettings, read_adapter_settings
 from allograft.packet.delta import EMBEDDING, HEAD, read_delta_layout
 from allograft.packet.kinds import find_kind
 from allograft.packet.tensors import LOCAL_RULES, TensorEntry, read_table, read_tensor
@@ -125,7 +125,7 @@ def allow_list(kind: str, facts: Mapping[str, canonical.Json], base: BaseTensors
     name = find_kind(kind).name
     if name == "lora":
         settings = read_adapter_settings(facts)
-        return lora_tensors(base, settings.target_modules, settings.rank)
+        return lora_tensors(base, settings)
     if name == "delta":
         return delta_tensors(base, facts)
     source, count = canonical.as_int(facts.get("source")), canonical.as_int(facts.get("blocks"))
@@ -147,14 +147,13 @@ def organ_tensors(base: BaseTensors, source: int, count: int) -> AllowList:
     }
 
 
-def lora_tensors(base: BaseTensors, modules: Sequence[str], rank: int) -> AllowList:
+def lora_tensors(base: BaseTensors, settings: AdapterSettings) -> AllowList:
     """The tensors of a low-rank adapter, named as PEFT names them.
 
     Args:
         base: The base.
-        modules: Last components of the modules' names, such as `q_proj`; each stands for all
-            matrices of that name in all blocks, as in PEFT.
-        rank: Rank of the adapter.
+        settings: Checked settings; each target stands for all matrices of that name in all blocks,
+            as in PEFT. Frozen A's do not travel.
 
     Raises:
         RejectedError: AG-PRV-040 for modules that the base does not have or ranks it cannot have.
@@ -162,17 +161,22 @@ def lora_tensors(base: BaseTensors, modules: Sequence[str], rank: int) -> AllowL
     allowed: dict[str, AllowedTensor] = {}
     limit = RMS_FACTOR * RMS_FLOOR
     trunk = "transformer.h" if base.transposed else "model.layers"
-    for module in modules:
+    rank = settings.rank
+    for module in settings.target_modules:
         found = list(_matrices(base, module))
         if not found:
             raise RejectedError("AG-PRV-040", "the adapter names a module without a matrix")
-        for number, name, shape in found:
-            outputs, inputs = shape[::-1] if base.transposed else shape
+        for number, name, tensor in found:
+            outputs, inputs = tensor.shape[::-1] if base.transposed else tensor.shape
             if not 1 <= rank <= min(outputs, inputs):
                 raise RejectedError("AG-PRV-040", f"rank {rank} does not fit its matrix")
             stem = f"base_model.model.{trunk}.{number}.{name}"
-            allowed[f"{stem}.lora_A.weight"] = AllowedTensor((rank, inputs), limit)
+            if not settings.frozen_a:
+                allowed[f"{stem}.lora_A.weight"] = AllowedTensor((rank, inputs), limit)
             allowed[f"{stem}.lora_B.weight"] = AllowedTensor((outputs, rank), limit)
+            if settings.dora:
+                longest = math.sqrt(inputs) * _ceiling(name, tensor)
+                allowed[f"{stem}.lora_magnitude_vector"] = AllowedTensor((outputs,), longest)
     if not allowed:
         raise RejectedError("AG-PRV-040", "the adapter names no module")
     return allowed
@@ -202,13 +206,13 @@ def delta_tensors(base: BaseTensors, facts: Mapping[str, canonical.Json]) -> All
     }
 
 
-def _matrices(base: BaseTensors, module: str) -> Iterator[tuple[int, str, tuple[int, ...]]]:
-    """Block number, name inside the block and shape of every matrix of a module name."""
+def _matrices(base: BaseTensors, module: str) -> Iterator[tuple[int, str, BaseTensor]]:
+    """Block number, name inside the block and tensor of every matrix of a module name."""
     for number, block in enumerate(base.blocks):
         for name, tensor in block.items():
             stem = name.removesuffix(".weight")
             if stem != name and stem.split(".")[-1] == module and len(tensor.shape) == 2:
-                yield number, stem, tensor.shape
+                yield number, stem, tensor
 
 
 def _ceiling(name: str, tensor: BaseTensor) -> float:

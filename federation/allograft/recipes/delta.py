@@ -63,8 +63,9 @@ class PackedChange:
     shape: tuple[int, ...]
     scale: float
 
-    def add_to(self, rows: torch.Tensor, first: int) -> None:
+    def add_to(self, rows: torch.Tensor, original: torch.Tensor, first: int) -> None:
         """See `patch.Change`."""
+        del original
         left, right = factors.unpack(self.packed, *self.shape)
         part = left[:, first : first + len(rows)].T.to(rows.device)
         rows.addmm_(part, right.to(rows.device), alpha=self.scale)

@@ -13,7 +13,6 @@ import contextlib
 import secrets
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from allograft.recipes.blocks import FAMILIES
 from allograft.recipes.delta import packed_directions
 from allograft.recipes.factors import unpack
 from allograft.recipes.facts import DeltaFacts, LoraFacts
-from allograft.recipes.lora import PAYLOAD, PREFIX
+from allograft.recipes.lora import PAYLOAD, PREFIX, fold_dose
 
 
 def export_merged(
@@ -63,22 +62,22 @@ def export_peft(
     """Write a LoRA, or a delta of blocks' matrices, as a directory for `PeftModel.from_pretrained`.
 
     Args:
-        attachment: Its dose becomes part of the scale.
+        attachment: Its dose is folded into the adapter.
         directory: Must not exist yet.
         base_model: What the configuration should name as its base; empty leaves it open.
-        base: The directory of the base, whose headers give the shapes that a delta needs.
+        base: The directory of the base: a delta needs its shapes, and DoRA at a part of its dose
+            its weights.
 
     Raises:
         RejectedError: AG-RCP-024 for other kinds and for deltas that change more than matrices of
-            blocks, for dose 0, or if the directory exists.
+            blocks, for dose 0, if the directory exists, or if the base is needed and there is none.
     """
     if attachment.dose == 0.0:
         raise RejectedError("AG-RCP-024", "an attachment at dose 0 is no PEFT adapter")
     facts = attachment.facts
     ranks: dict[str, int] = {}
-    tensors = dict(attachment.tensors)
     if isinstance(facts, LoraFacts):
-        settings = replace(facts.settings, alpha=facts.alpha * attachment.dose)
+        settings, tensors = fold_dose(attachment, base)
     elif isinstance(facts, DeltaFacts) and base is not None:
         ranks, tensors = _as_adapter(attachment, facts, read_base(base))
         # One rank and alpha for PEFT to fall back on; each module has its own, at scale 1.

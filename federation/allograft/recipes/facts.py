@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 from allograft.crypto import canonical
 from allograft.errors import RejectedError
@@ -86,14 +86,12 @@ class OrganFacts:
 class LoraFacts:
     """What a recipient must know before it opens a LoRA adapter.
 
-    Rank, alpha and target modules are all that PEFT's configuration is rebuilt from. Targets are
-    last components of module names (`q_proj`); a name that occurs twice in a block means both.
+    The settings are all that PEFT's configuration is rebuilt from. Targets are last components of
+    module names (`q_proj`); a name that occurs twice in a block means both.
     """
 
     shape: ModelShape
-    rank: int
-    alpha: float
-    target_modules: tuple[str, ...]
+    settings: AdapterSettings
     dtype: str
     peft_version: str
 
@@ -102,20 +100,14 @@ class LoraFacts:
         if self.dtype not in DTYPES:
             raise RejectedError("AG-RCP-002", "the adapter's dtype is unknown")
 
-    @property
-    def settings(self) -> AdapterSettings:
-        """The part that goes into a rebuilt PEFT configuration."""
-        return AdapterSettings(self.rank, self.alpha, self.target_modules)
-
     def to_json(self) -> dict[str, canonical.Json]:
         """The facts as a JSON object."""
         return {
             "shape": self.shape.to_json(),
-            "rank": self.rank,
-            "alpha": self.alpha,
-            "target_modules": list(self.target_modules),
             "dtype": self.dtype,
             "peft_version": self.peft_version,
+            **asdict(self.settings),
+            "target_modules": list(self.settings.target_modules),
         }
 
     @classmethod
@@ -125,13 +117,11 @@ class LoraFacts:
         Raises:
             RejectedError: AG-IN-003 if malformed, AG-PKT-009 or AG-RCP-002 if out of bounds.
         """
-        fields = canonical.as_object(value, cls.__dataclass_fields__.keys())
-        settings = read_adapter_settings(fields)
+        names = {"shape", "dtype", "peft_version", *AdapterSettings.__dataclass_fields__}
+        fields = canonical.as_object(value, names)
         return cls(
             shape=ModelShape.from_json(fields["shape"]),
-            rank=settings.rank,
-            alpha=settings.alpha,
-            target_modules=settings.target_modules,
+            settings=read_adapter_settings(fields),
             dtype=canonical.as_text(fields["dtype"]),
             peft_version=canonical.as_text(fields["peft_version"]),
         )

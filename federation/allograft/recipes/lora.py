@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LoRA: low-rank changes to linear modules, in PEFT's own file format.
+"""LoRA, rsLoRA and DoRA: low-rank changes to linear modules, in PEFT's own file format.
 
 PEFT trains the adapter; the payload is the file `PeftModel.from_pretrained` reads, next to a
 configuration that each recipient rebuilds from the signed facts. Attaching does not go through
 PEFT: it keys adapters by block index, and after an organ has been inserted an index means another
 block, without any error. Here block n is the base's own block n, whatever stands around it, and
-the change is written into the weight, so the model stays a stock one.
+the change is written into the weight, so the model stays a stock one. With a frozen A the file
+holds the B matrices alone, and each side draws A for itself (see `frozen`).
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from transformers import PreTrainedModel
 from allograft.crypto import canonical
 from allograft.durable import durable_write
 from allograft.errors import RejectedError
+from allograft.packet.adapter import AdapterSettings
 from allograft.recipes import blocks as surgery
 from allograft.recipes.attachment import DTYPES, read_tensors
 from allograft.recipes.base import (
@@ -39,16 +42,21 @@ from allograft.recipes.base import (
     check_base,
 )
 from allograft.recipes.facts import LoraFacts
+from allograft.recipes.frozen import draw_a
 from allograft.recipes.loop import SNAPSHOT, train
 from allograft.recipes.patch import (
     LowRank,
+    Rescaled,
     has_attachments,
     is_patched,
     matrix_shape,
+    original_weight,
     patch,
     unpatch,
+    walk_rows,
 )
 from allograft.recipes.plan import LoopPlan, LoraPlan
+from allograft.recipes.snapshot import load_model
 
 PAYLOAD = "adapter_model.safetensors"
 
@@ -115,14 +123,21 @@ class LoraRecipe:
         facts = LoraFacts.from_json(dict(payload.facts))
         if surgery.base_shape(recipient.model) != facts.shape:
             raise RejectedError("AG-RCP-010", "the adapter was made on a model of another shape")
-        transposed = surgery.FAMILIES[facts.shape.family].transposed
+        settings, transposed = facts.settings, surgery.FAMILIES[facts.shape.family].transposed
         expected: dict[str, tuple[int, ...]] = {}
+        drawn: dict[str, torch.Tensor] = {}
         for name, module in _targets(recipient.model, facts).items():
             outputs, inputs = matrix_shape(module, transposed)
-            expected[f"{name}.lora_A.weight"] = (facts.rank, inputs)
-            expected[f"{name}.lora_B.weight"] = (outputs, facts.rank)
+            expected[f"{name}.lora_B.weight"] = (outputs, settings.rank)
+            if settings.frozen_a:
+                a = draw_a(settings.frozen_a, name, settings.rank, inputs)
+                drawn[f"{name}.lora_A.weight"] = a
+            else:
+                expected[f"{name}.lora_A.weight"] = (settings.rank, inputs)
+            if settings.dora:
+                expected[f"{name}.lora_magnitude_vector"] = (outputs,)
         tensors = read_tensors(payload.directory / PAYLOAD, expected, DTYPES[facts.dtype])
-        return Attachment(self.kind, payload.packet_id, facts, tensors)
+        return Attachment(self.kind, payload.packet_id, facts, tensors | drawn)
 
     def attach(self, attachment: Attachment, model: PreTrainedModel) -> LoraHandle:
         """Write an adapter's changes into the base's own blocks at its dose.
@@ -172,9 +187,9 @@ def _plan_facts(model: PreTrainedModel, plan: object) -> LoraFacts:
         raise RejectedError("AG-RCP-022", "an adapter is trained on the plain base")
     shape = surgery.describe_model(model.config)
     linears = target_linears(shape.family, plan.target_modules)
-    last = sorted({name.rpartition(".")[2] for name in linears})
+    last = tuple(sorted({name.rpartition(".")[2] for name in linears}))
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    return LoraFacts(shape, plan.rank, plan.alpha, tuple(last), dtype, version("peft"))
+    return LoraFacts(shape, plan.settings(last), dtype, version("peft"))
 
 
 def _facts_of(attachment: Attachment) -> LoraFacts:
@@ -189,7 +204,7 @@ def _targets(model: PreTrainedModel, facts: LoraFacts) -> dict[str, nn.Module]:
     return {
         f"{prefix}.{number}.{linear}": block.get_submodule(linear)
         for number, block in enumerate(surgery.base_blocks(model))
-        for linear in target_linears(facts.shape.family, facts.target_modules)
+        for linear in target_linears(facts.shape.family, facts.settings.target_modules)
     }
 
 
@@ -198,18 +213,106 @@ def _is_attached(attachment: Attachment, model: PreTrainedModel) -> bool:
     return any(is_patched(module, attachment.attachment_id) for module in modules)
 
 
-def _write_changes(attachment: Attachment, model: PreTrainedModel) -> None:
-    facts = _facts_of(attachment)
-    if not 0.0 <= attachment.dose <= 1.0:
+def changes_of(
+    attachment: Attachment, model: PreTrainedModel
+) -> Iterator[tuple[str, nn.Module, LowRank | Rescaled]]:
+    """Each target's name, its module and its change at the attachment's dose.
+
+    Raises:
+        RejectedError: AG-RCP-021 for a bad dose.
+    """
+    facts, dose = _facts_of(attachment), attachment.dose
+    if not 0.0 <= dose <= 1.0:
         raise RejectedError("AG-RCP-021", "a dose lies between 0 and 1")
     transposed = surgery.find_family(model.config).transposed
-    scale = attachment.dose * facts.alpha / facts.rank
-    places = []
+    settings = facts.settings
     for name, module in _targets(model, facts).items():
         a = attachment.tensors[f"{name}.lora_A.weight"]
         b = attachment.tensors[f"{name}.lora_B.weight"]
         left, right = (a.T, b.T) if transposed else (b, a)
-        places.append((module, "weight", LowRank(left, right, scale)))
+        if settings.dora:
+            change = LowRank(left, right, settings.scale)
+            found = _row_lengths(original_weight(module), transposed, change)
+            wanted = attachment.tensors[f"{name}.lora_magnitude_vector"].to(found)
+            # A row without length stays without: PEFT would divide by zero.
+            factors = torch.where(found > 0.0, wanted / found, 0.0)
+            yield name, module, Rescaled(change, factors, transposed, dose)
+        else:
+            yield name, module, LowRank(left, right, dose * settings.scale)
+
+
+def _row_lengths(
+    original: torch.Tensor, transposed: bool, change: LowRank | None = None
+) -> torch.Tensor:
+    """The length of each output's row of a matrix with a change on it, [outputs], float32."""
+    squares = []
+    for first, rows in walk_rows(original):
+        after = rows
+        if change is not None:
+            after = rows.clone()
+            change.add_to(after, rows, first)
+        squares.append(after.square().sum(dim=0 if transposed else 1))
+    joined = torch.stack(squares).sum(dim=0) if transposed else torch.cat(squares)
+    return joined.sqrt()
+
+
+def starting_tensors(attachment: Attachment, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """What training began from, where a recipient can know it: frozen A's, and the base's lengths.
+
+    A trained A begins as noise too, but of a seed that only the donor knows.
+    """
+    facts, transposed = _facts_of(attachment), surgery.find_family(model.config).transposed
+    start: dict[str, torch.Tensor] = {}
+    for name, module in _targets(model, facts).items():
+        if facts.settings.frozen_a:
+            start[f"{name}.lora_A.weight"] = attachment.tensors[f"{name}.lora_A.weight"]
+        if facts.settings.dora:
+            lengths = _row_lengths(original_weight(module), transposed)
+            start[f"{name}.lora_magnitude_vector"] = lengths.to("cpu")
+    return start
+
+
+def fold_dose(
+    attachment: Attachment, base: Path | None
+) -> tuple[AdapterSettings, dict[str, torch.Tensor]]:
+    """An adapter that does at full dose what this one does at its own.
+
+    Without DoRA the dose becomes part of alpha. With it, W + d (m V / |V| - W) is k times W with a
+    low-rank change again, where V = W + s B A, c = m / |V| and k = 1 - d + d c for each row: B is
+    multiplied by d c / k, and the new length is k times that of the new V.
+
+    Args:
+        attachment: A LoRA.
+        base: Directory of its base, which DoRA needs for any dose but 1.
+
+    Raises:
+        RejectedError: AG-RCP-024 where the base is needed and there is none, or a row vanishes;
+            AG-RCP-032 if it cannot be read.
+    """
+    settings, tensors = _facts_of(attachment).settings, dict(attachment.tensors)
+    if not settings.dora:
+        return replace(settings, alpha=settings.alpha * attachment.dose), tensors
+    if attachment.dose == 1.0:
+        return settings, tensors
+    if base is None:
+        raise RejectedError("AG-RCP-024", "a DoRA adapter at a part of its dose needs its base")
+    for name, module, change in changes_of(attachment, load_model(base)):
+        assert isinstance(change, Rescaled)
+        parts = change.scale * change.factors
+        whole = 1.0 - change.scale + parts
+        b = tensors[f"{name}.lora_B.weight"].float() * (parts / whole)[:, None]
+        low_rank, transposed = change.low_rank, change.transposed
+        folded = replace(low_rank, right=b.T) if transposed else replace(low_rank, left=b)
+        lengths = whole * _row_lengths(original_weight(module), transposed, folded)
+        if not bool(torch.isfinite(lengths).all()):
+            raise RejectedError("AG-RCP-024", "an output of the adapter vanishes at this dose")
+        tensors[f"{name}.lora_B.weight"] = b
+        tensors[f"{name}.lora_magnitude_vector"] = lengths
+    return settings, tensors
+
+
+def _write_changes(attachment: Attachment, model: PreTrainedModel) -> None:
+    places = [(module, "weight", change) for _, module, change in changes_of(attachment, model)]
     patch(places, attachment.attachment_id)
 
 
@@ -224,10 +327,13 @@ def _adapted(
     """
     import peft  # Nine seconds; only a donor that trains an adapter pays them.
 
-    settings = peft.LoraConfig(
-        r=facts.rank,
-        lora_alpha=facts.alpha,
-        target_modules=list(facts.target_modules),
+    settings = facts.settings
+    config = peft.LoraConfig(
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        target_modules=list(settings.target_modules),
+        use_rslora=settings.rslora,
+        use_dora=settings.dora,
         lora_dropout=0.0,
         bias="none",
         fan_in_fan_out=surgery.FAMILIES[facts.shape.family].transposed,
@@ -239,15 +345,21 @@ def _adapted(
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(plan.seed)
         # The tuner alone, without PeftModel's wrapper: what we need is the adapted modules.
-        tuner: Any = peft.LoraModel(model, settings, "default")
+        tuner: Any = peft.LoraModel(model, config, "default")
     model.eval()
     try:
-        parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-        for value in parameters.values():
+        adapter = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        for value in adapter.values():
             # Master weights in full precision: bfloat16 would round most updates away, and takes no
             # float32 gradient of a private step. The base's own are frozen and stay as they are.
             value.data = value.data.float()
-        names = {n: PREFIX + n.replace(".default.", ".") for n in parameters}
+        names = {n: _peft_name(n) for n in adapter}
+        parameters = dict(adapter)
+        if settings.frozen_a:
+            for n in [n for n in adapter if ".lora_A." in n]:
+                stem, value = names[n].partition(".lora_A.")[0], parameters.pop(n)
+                a = draw_a(settings.frozen_a, stem, *value.shape)
+                value.requires_grad_(False).data = a.to(value.device)
         with surgery.checkpointed(model, plan.checkpointing):
             yield parameters, names
     finally:
@@ -256,6 +368,12 @@ def _adapted(
             value.requires_grad_(flag)
         for module, mode in modes:
             module.training = mode
+
+
+def _peft_name(name: str) -> str:
+    """The name of an adapter's parameter in PEFT's file format."""
+    name = PREFIX + name.replace(".default.", ".")
+    return name.removesuffix(".weight") if ".lora_magnitude_vector." in name else name
 
 
 def _train_adapter(

@@ -11,7 +11,7 @@ own tensors, writing takes one block of rows in float32, never a dense change of
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -41,8 +41,14 @@ class Change(Protocol):
         """Of the tensor as it is stored."""
         ...
 
-    def add_to(self, rows: torch.Tensor, first: int) -> None:
-        """Add the scaled change to float32 rows of the tensor, the first of them number `first`."""
+    def add_to(self, rows: torch.Tensor, original: torch.Tensor, first: int) -> None:
+        """Add the scaled change to some rows of the tensor.
+
+        Args:
+            rows: Changed in place, float32.
+            original: The same rows without any change on them, float32.
+            first: Number of the first of them.
+        """
         ...
 
 
@@ -59,8 +65,9 @@ class LowRank:
         """Of the matrix."""
         return len(self.left), self.right.shape[1]
 
-    def add_to(self, rows: torch.Tensor, first: int) -> None:
+    def add_to(self, rows: torch.Tensor, original: torch.Tensor, first: int) -> None:
         """See `Change`."""
+        del original
         left = self.left[first : first + len(rows)].to(rows.device, torch.float32)
         rows.addmm_(left, self.right.to(rows.device, torch.float32), alpha=self.scale)
 
@@ -77,10 +84,37 @@ class Dense:
         """Of the tensor."""
         return tuple(self.value.shape)
 
-    def add_to(self, rows: torch.Tensor, first: int) -> None:
+    def add_to(self, rows: torch.Tensor, original: torch.Tensor, first: int) -> None:
         """See `Change`."""
+        del original
         part = self.value[first : first + len(rows)]
         rows.add_(part.to(rows.device, torch.float32), alpha=self.scale)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rescaled:
+    """scale · (V with each output's row times its factor, less W), for V = W + a low-rank change.
+
+    What DoRA does, with the factors m / |V| of `recipes.lora`.
+    """
+
+    low_rank: LowRank
+    factors: torch.Tensor  # [outputs], float32
+    transposed: bool
+    scale: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the matrix."""
+        return self.low_rank.shape
+
+    def add_to(self, rows: torch.Tensor, original: torch.Tensor, first: int) -> None:
+        """See `Change`."""
+        after = original.clone()
+        self.low_rank.add_to(after, original, first)
+        factors = self.factors.to(rows.device)
+        after *= factors if self.transposed else factors[first : first + len(rows), None]
+        rows.add_(after.sub_(original), alpha=self.scale)
 
 
 #: A module, the name of its parameter and the change to it.
@@ -142,6 +176,26 @@ def matrix_shape(module: nn.Module, transposed: bool) -> tuple[int, int]:
     return (second, first) if transposed else (first, second)
 
 
+def original_weight(module: nn.Module) -> torch.Tensor:
+    """A linear module's weight as it is without any change on it; not a copy."""
+    patches = _find(module).get("weight")
+    return _parameter(module, "weight").detach() if patches is None else patches.original
+
+
+def walk_rows(tensor: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
+    """Blocks of rows of a tensor in float32, each with the number of its first row."""
+    step = max(1, _BLOCK_ENTRIES * len(tensor) // max(tensor.numel(), 1))
+    for first in range(0, len(tensor), step):
+        yield first, tensor[first : first + step].to(torch.float32)
+
+
+def make_dense(change: Change, original: torch.Tensor) -> torch.Tensor:
+    """A change of a whole tensor, float32."""
+    rows = torch.zeros(change.shape, device=original.device)
+    change.add_to(rows, original.to(torch.float32), 0)
+    return rows
+
+
 def has_attachments(model: PreTrainedModel) -> bool:
     """Whether a model carries anything that an attachment put there."""
     return has_insertions(model) or any(is_patched(module) for module in model.modules())
@@ -175,12 +229,12 @@ def _write(value: nn.Parameter, patches: _Patches) -> None:
         if not active:
             value.copy_(patches.original)
             return
-        step = max(1, _BLOCK_ENTRIES * len(value) // value.numel())
-        for first in range(0, len(value), step):
-            rows = patches.original[first : first + step].to(value.device, torch.float32, copy=True)
+        for first, original in walk_rows(patches.original):
+            original = original.to(value.device)
+            rows = original.clone()
             for change in active:
-                change.add_to(rows, first)
-            value[first : first + step].copy_(rows)
+                change.add_to(rows, original, first)
+            value[first : first + len(rows)].copy_(rows)
 
 
 def _parameter(module: nn.Module, name: str) -> nn.Parameter:

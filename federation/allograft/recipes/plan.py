@@ -13,6 +13,7 @@ from typing import Any, Protocol, Self
 
 from allograft.crypto import canonical
 from allograft.errors import RejectedError
+from allograft.packet.adapter import AdapterSettings, check_adapter_settings
 
 
 class RecipePlan(Protocol):
@@ -63,12 +64,16 @@ class OrganPlan:
 class LoraPlan:
     """Rank, scale and the linear modules of each block that receive a low-rank change.
 
-    No targets means all linear modules of the family's blocks.
+    No targets means all linear modules of the family's blocks. `rslora` and `dora` are PEFT's;
+    `frozen_a` names the public seed that A is drawn from when B alone is to learn.
     """
 
     rank: int = 8
     alpha: float = 16.0
     target_modules: tuple[str, ...] = ()
+    rslora: bool = False
+    dora: bool = False
+    frozen_a: str = ""
 
     def to_json(self) -> dict[str, canonical.Json]:
         """The choices as a JSON object."""
@@ -80,15 +85,31 @@ class LoraPlan:
         """Read them.
 
         Raises:
-            RejectedError: AG-IN-003 if malformed.
+            RejectedError: AG-IN-003 if malformed, AG-PKT-009 if no adapter can be so.
         """
         fields = canonical.as_object(value, cls.__dataclass_fields__.keys())
         modules = canonical.as_text(fields["target_modules"])
-        return cls(
+        plan = cls(
             rank=canonical.as_int(fields["rank"]),
             alpha=canonical.as_number(fields["alpha"]),
             target_modules=tuple(modules.split("+")) if modules else (),
+            rslora=canonical.as_bool(fields["rslora"]),
+            dora=canonical.as_bool(fields["dora"]),
+            frozen_a=canonical.as_text(fields["frozen_a"]),
         )
+        plan.settings(plan.target_modules or ("all",))
+        return plan
+
+    def settings(self, modules: tuple[str, ...]) -> AdapterSettings:
+        """The settings of an adapter of these modules.
+
+        Raises:
+            RejectedError: AG-PKT-009 if they are out of bounds.
+        """
+        settings = AdapterSettings(
+            self.rank, self.alpha, modules, self.rslora, self.dora, self.frozen_a
+        )
+        return check_adapter_settings(settings)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,8 @@ from allograft.recipes import blocks as surgery
 from allograft.recipes.attachment import attachment_digest
 from allograft.recipes.base import BUILT_IN_KINDS, Attachment, Handle, load_recipe
 from allograft.recipes.delta import draw_noise
-from allograft.recipes.facts import DeltaFacts, OrganFacts
+from allograft.recipes.facts import DeltaFacts, LoraFacts, OrganFacts
+from allograft.recipes.lora import starting_tensors
 
 
 class Stack:
@@ -123,11 +124,10 @@ def null_packet(attachment: Attachment, model: PreTrainedModel, seed: int) -> At
 
 
 def starting_point(attachment: Attachment, model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """What training began from: silenced copies for an organ, nothing for other kinds.
-
-    A LoRA's A matrix does begin as noise, but as noise of a seed that only the donor knows.
-    """
+    """What training began from, where that is known and not zero: silenced copies for an organ."""
     facts = attachment.facts
+    if isinstance(facts, LoraFacts):
+        return starting_tensors(attachment, model)
     if not isinstance(facts, OrganFacts):
         return {}
     family = surgery.find_family(model.config)
