@@ -66,6 +66,10 @@ def donate(
     window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 256,
     blocks: Annotated[int, typer.Option(min=1, help="Organ: how many blocks.")] = 2,
     position: Annotated[int | None, typer.Option(min=0, help="Organ: where they go.")] = None,
+    organ_mode: Annotated[str, typer.Option(help="Organ: insert or replace blocks.")] = "insert",
+    search_steps: Annotated[
+        int, typer.Option(min=0, help="Organ: steps of each trial of a position; 0 tries none.")
+    ] = 0,
     rank: Annotated[int, typer.Option(min=1, help="LoRA: rank.")] = 8,
     alpha: Annotated[float, typer.Option(help="LoRA: scale.")] = 16.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of split and training.")] = 0,
@@ -105,7 +109,15 @@ def donate(
         seed=seed,
         window_tokens=window,
         checkpointing=checkpointing,
-        recipe=make_recipe_plan(recipe, blocks=blocks, position=position, rank=rank, alpha=alpha),
+        recipe=make_recipe_plan(
+            recipe,
+            blocks=blocks,
+            position=position,
+            mode=organ_mode,
+            search_steps=search_steps,
+            rank=rank,
+            alpha=alpha,
+        ),
         privacy_plan=privacy_plan,
     )
     if privacy_plan:

@@ -77,6 +77,7 @@ def new(
     window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 256,
     blocks: Annotated[int, typer.Option(min=1, help="Organ: how many blocks.")] = 2,
     position: Annotated[int | None, typer.Option(min=0, help="Organ: where they go.")] = None,
+    organ_mode: Annotated[str, typer.Option(help="Organ: insert or replace blocks.")] = "insert",
     rank: Annotated[int, typer.Option(min=1, help="LoRA: rank.")] = 8,
     alpha: Annotated[float, typer.Option(help="LoRA: scale.")] = 16.0,
     checkpointing: Annotated[
@@ -124,7 +125,14 @@ def new(
         batch_windows=batch,
         learning_rate=learning_rate,
         window_tokens=window,
-        recipe=make_recipe_plan(kind, blocks=blocks, position=position, rank=rank, alpha=alpha),
+        recipe=make_recipe_plan(
+            kind,
+            blocks=blocks,
+            position=position,
+            mode=organ_mode,
+            rank=rank,
+            alpha=alpha,
+        ),
         checkpointing=checkpointing,
         holdout=holdout,
         person_field=person_field,

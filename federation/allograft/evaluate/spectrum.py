@@ -66,7 +66,8 @@ def _modules(
         for name, value in sorted(attachment.tensors.items()):
             if match := _ORGAN.match(name):
                 change = value.to(model.device, torch.float32)
-                change = change - start[name].to(model.device, torch.float32)
+                if name in start:  # an organ that replaces blocks is a change already
+                    change = change - start[name].to(model.device, torch.float32)
                 yield match["name"], _weigh_matrix(change.reshape(len(change), -1), generator)
 
 

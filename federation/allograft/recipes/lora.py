@@ -41,7 +41,7 @@ from allograft.recipes.base import (
 from allograft.recipes.facts import LoraFacts
 from allograft.recipes.loop import SNAPSHOT, train
 from allograft.recipes.patch import (
-    Change,
+    LowRank,
     has_attachments,
     is_patched,
     matrix_shape,
@@ -143,9 +143,9 @@ class LoraRecipe:
         Raises:
             RejectedError: AG-RCP-023 if it is not attached.
         """
-        facts = _facts_of(handle.attachment)
-        for module in _targets(handle.model, facts).values():
-            unpatch(module, handle.attachment.attachment_id)
+        modules = _targets(handle.model, _facts_of(handle.attachment)).values()
+        places = [(module, "weight") for module in modules]
+        unpatch(places, handle.attachment.attachment_id)
 
 
 def target_linears(family: str, target_modules: tuple[str, ...]) -> tuple[str, ...]:
@@ -203,10 +203,13 @@ def _write_changes(attachment: Attachment, model: PreTrainedModel) -> None:
         raise RejectedError("AG-RCP-021", "a dose lies between 0 and 1")
     transposed = surgery.find_family(model.config).transposed
     scale = attachment.dose * facts.alpha / facts.rank
+    places = []
     for name, module in _targets(model, facts).items():
         a = attachment.tensors[f"{name}.lora_A.weight"]
         b = attachment.tensors[f"{name}.lora_B.weight"]
-        patch(module, attachment.attachment_id, Change(a, b, scale, transposed))
+        left, right = (a.T, b.T) if transposed else (b, a)
+        places.append((module, "weight", LowRank(left, right, scale)))
+    patch(places, attachment.attachment_id)
 
 
 @contextlib.contextmanager

@@ -57,14 +57,14 @@ class Stack:
         """Put several attachments on the model, or none of them if one is refused.
 
         Raises:
-            RejectedError: As `attach`.
+            AllograftError: As `attach`.
         """
         done: list[str] = []
         try:
             for attachment in attachments:
                 self.attach(attachment)
                 done.append(attachment.attachment_id)
-        except RejectedError:
+        except BaseException:
             for key in done:
                 self.detach(key)
             raise
@@ -117,12 +117,12 @@ def null_packet(attachment: Attachment, model: PreTrainedModel, seed: int) -> At
 
 
 def starting_point(attachment: Attachment, model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """What training began from: silenced copies for an organ, nothing for other kinds.
+    """What training began from: silenced copies for an inserted organ, else no change at all.
 
     A LoRA's A matrix does begin as noise, but as noise of a seed that only the donor knows.
     """
     facts = attachment.facts
-    if not isinstance(facts, OrganFacts):
+    if not isinstance(facts, OrganFacts) or facts.replaces:
         return {}
     family = surgery.find_family(model.config)
     start = {}
