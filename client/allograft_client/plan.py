@@ -159,7 +159,8 @@ class DonationPlan:
         if self.is_protected != bool(self.privacy_plan):
             needs = "needs a signed privacy plan" if self.is_protected else "has no privacy plan"
             raise RejectedError("AG-PRV-053", f"mode {self.mode} {needs}")
-        if self.is_protected and getattr(self.recipe, "search_steps", 0):
+        searches: int = getattr(self.recipe, "search_steps", 0)
+        if self.is_protected and searches:
             raise RejectedError("AG-RCP-029", "each trial on private data is a run of its own")
         return self
 

@@ -914,6 +914,10 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
             "memory ran out; the model is as it was before",
             "Free memory or use a larger machine, then try again.",
         ),
+        "AG-RCP-028": ErrorCode(
+            "a model's weights changed since it was added",
+            "Put the weights back, or add the changed model under another name.",
+        ),
         "AG-RCP-029": ErrorCode(
             "a search over positions cannot use private data",
             "Fix the position in the plan; search for it beforehand on public text of the kind.",

@@ -385,7 +385,7 @@ class Side:
             return hidden
         entered = value = hidden @ self.into + self.shift
         for block in self.blocks:
-            value = _first(block(value, *rest, **options))
+            value = hidden_of(block(value, *rest, **options))
         return hidden + self.dose * ((value - entered) @ self.back)
 
 
@@ -450,13 +450,13 @@ def remove_side(model: PreTrainedModel, owner: str) -> None:
 def _add_sides(
     host: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any], output: Any
 ) -> Any:
-    hidden = _first(output)
+    hidden = hidden_of(output)
     for _, side in sorted(sides_of(host).items()):
         hidden = side.add(hidden, inputs[1:], options)
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
 
-def _first(output: Any) -> torch.Tensor:
+def hidden_of(output: Any) -> torch.Tensor:
     """The hidden state of a block's output, which older families wrap in a tuple."""
     hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
     return hidden

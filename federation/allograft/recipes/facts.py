@@ -93,6 +93,47 @@ class OrganFacts:
 
 
 @dataclass(frozen=True, slots=True)
+class StitchedFacts:
+    """What a recipient must know before it opens a stitched organ (experimental).
+
+    `probe` is the digest of the public windows on which both sides record hidden states, and
+    `tokens` how many of these the payload holds.
+    """
+
+    organ: OrganFacts
+    probe: str
+    tokens: int
+
+    def __post_init__(self) -> None:
+        organ = self.organ
+        if organ.replaces or organ.position != organ.shape.layers or self.tokens < 1:
+            raise RejectedError("AG-RCP-002", "a stitched organ is made behind the last block")
+
+    @property
+    def shape(self) -> ModelShape:
+        """The base it was made on."""
+        return self.organ.shape
+
+    def to_json(self) -> dict[str, canonical.Json]:
+        """The facts as a JSON object."""
+        return {"organ": self.organ.to_json(), "probe": self.probe, "tokens": self.tokens}
+
+    @classmethod
+    def from_json(cls, value: canonical.Json) -> StitchedFacts:
+        """Read and check the facts.
+
+        Raises:
+            RejectedError: AG-IN-003 if malformed, AG-RCP-002 if they contradict each other.
+        """
+        fields = canonical.as_object(value, cls.__dataclass_fields__.keys())
+        return cls(
+            organ=OrganFacts.from_json(fields["organ"]),
+            probe=canonical.as_sha256(fields["probe"]),
+            tokens=canonical.as_int(fields["tokens"]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class LoraFacts:
     """What a recipient must know before it opens a LoRA adapter.
 

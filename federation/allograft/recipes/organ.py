@@ -109,9 +109,10 @@ class OrganRecipe:
                 on private data, and those of `train`.
         """
         facts, search = _choose_facts(donor, plan)
+        own = _source_blocks(donor.model, facts)
         with _growing(donor.model, facts, plan.loop) as organ:
             report = _train_organ(donor, facts, plan, organ, donor.workdir / SNAPSHOT) | search
-            tensors = _payload_tensors(donor.model, facts, organ)
+            tensors = _payload_tensors(facts, organ, own)
         path = donor.workdir / PAYLOAD
         durable_write(path, save(tensors))
         for name in (SNAPSHOT, _SEARCH):
@@ -160,7 +161,7 @@ class OrganRecipe:
         with memory_errors("attaching an organ"):
             made = surgery.new_blocks(model, facts.source, facts.blocks)
             for number, block in enumerate(made):
-                surgery.fill_block(block, _block_tensors(attachment, number))
+                surgery.fill_block(block, block_tensors(attachment, number))
             _write_doses(attachment, model, made)
         # Only now is the model touched, and nothing in it is allocated any more.
         surgery.insert_blocks(model, made, facts.source, facts.position, attachment.attachment_id)
@@ -319,12 +320,12 @@ def _growing(
 
 
 def _payload_tensors(
-    model: PreTrainedModel, facts: OrganFacts, organ: Sequence[nn.Module]
+    facts: OrganFacts, organ: Sequence[nn.Module], own: Sequence[nn.Module]
 ) -> dict[str, torch.Tensor]:
-    """The trained blocks; in mode `replace`, less the blocks that they stand for."""
+    """The trained blocks; in mode `replace`, less the base's own that they stand for."""
     tensors = {}
-    for number, (block, own) in enumerate(zip(organ, _source_blocks(model, facts), strict=True)):
-        originals = dict(own.named_parameters())
+    for number, (block, original) in enumerate(zip(organ, own, strict=True)):
+        originals = dict(original.named_parameters())
         for name, value in block.named_parameters():
             made = value.detach()
             if facts.replaces:
@@ -417,7 +418,7 @@ def _places(attachment: Attachment, model: PreTrainedModel) -> list[Place]:
     """Every parameter that an organ replaces, with its change."""
     places: list[Place] = []
     for number, block in enumerate(_source_blocks(model, _facts_of(attachment))):
-        for name, value in _block_tensors(attachment, number).items():
+        for name, value in block_tensors(attachment, number).items():
             module, _, parameter = name.rpartition(".")
             change = Dense(value, attachment.dose)
             places.append((block.get_submodule(module), parameter, change))
@@ -435,10 +436,11 @@ def _write_doses(
 ) -> None:
     family = surgery.find_family(model.config)
     for number, block in enumerate(organ):
-        surgery.write_dose(family, block, _block_tensors(attachment, number), attachment.dose)
+        surgery.write_dose(family, block, block_tensors(attachment, number), attachment.dose)
 
 
-def _block_tensors(attachment: Attachment, number: int) -> dict[str, torch.Tensor]:
+def block_tensors(attachment: Attachment, number: int) -> dict[str, torch.Tensor]:
+    """The tensors of one of an organ's blocks, by their names inside the block."""
     prefix = f"blocks.{number}."
     return {
         name.removeprefix(prefix): value
