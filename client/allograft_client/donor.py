@@ -314,6 +314,7 @@ class _Donation:
         common = {
             "task": task,
             "model": str(self._model.path),
+            "base_digest": model_base(self._model).weights_digest,
             "device": self._site.settings.device,
             "kind": self._plan.kind,
             "data": str(self._plan.data),

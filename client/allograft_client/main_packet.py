@@ -75,6 +75,10 @@ def donate(
     window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 256,
     blocks: Annotated[int, typer.Option(min=1, help="Organ: how many blocks.")] = 2,
     position: Annotated[int | None, typer.Option(min=0, help="Organ: where they go.")] = None,
+    organ_mode: Annotated[str, typer.Option(help="Organ: insert or replace blocks.")] = "insert",
+    search_steps: Annotated[
+        int, typer.Option(min=0, help="Organ: steps of each trial of a position; 0 tries none.")
+    ] = 0,
     rank: Annotated[int, typer.Option(min=1, help="LoRA: rank.")] = 8,
     alpha: Annotated[float, typer.Option(help="LoRA: scale.")] = 16.0,
     target_module: TargetOption = None,
@@ -122,6 +126,8 @@ def donate(
             recipe,
             blocks=blocks,
             position=position,
+            mode=organ_mode,
+            search_steps=search_steps,
             rank=rank,
             alpha=alpha,
             target_modules=tuple(target_module or ()),

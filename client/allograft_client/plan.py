@@ -144,7 +144,8 @@ class DonationPlan:
         """Return itself if it can be run.
 
         Raises:
-            RejectedError: AG-IN-003, AG-PRV-010 to -012 for the mode, AG-RCP-035 for the loop.
+            RejectedError: AG-IN-003, AG-PRV-010 to -012 for the mode, AG-RCP-035 for the loop,
+                AG-RCP-029 for a search on private data.
         """
         if not 1 <= self.valid_days <= 3650 or not 1 <= self.retention_days <= 3650:
             raise RejectedError("AG-IN-003", "validity and retention last 1 to 3650 days")
@@ -158,6 +159,9 @@ class DonationPlan:
         if self.is_protected != bool(self.privacy_plan):
             needs = "needs a signed privacy plan" if self.is_protected else "has no privacy plan"
             raise RejectedError("AG-PRV-053", f"mode {self.mode} {needs}")
+        searches: int = getattr(self.recipe, "search_steps", 0)
+        if self.is_protected and searches:
+            raise RejectedError("AG-RCP-029", "each trial on private data is a run of its own")
         return self
 
     def loop(self) -> LoopPlan:

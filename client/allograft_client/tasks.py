@@ -65,7 +65,7 @@ from allograft.provenance.ancestry import (
     read_ancestors,
     write_ancestors,
 )
-from allograft.provenance.lineage import describe_base
+from allograft.provenance.lineage import describe_base, digest_weights
 from allograft.provenance.statement import write_base
 from allograft.recipes import export
 from allograft.recipes.attachment import load_attachment, save_attachment
@@ -467,7 +467,16 @@ def _text(task: Task, name: str) -> str:
 
 
 def _load(task: Task) -> _Loaded:
+    """Load the model of a task, if it still is the one that was added.
+
+    Raises:
+        RejectedError: AG-RCP-028 if its weights changed since: what was signed of it, and every
+            packet on it, would be of another model. Those of `load_model` and `load_tokenizer`.
+    """
     path = Path(_text(task, "model"))
+    added = task.get("base_digest")  # a model that is being added has none yet
+    if added is not None and digest_weights(path) != added:
+        raise RejectedError("AG-RCP-028", path.name)
     device = _text(task, "device")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -164,6 +164,7 @@ def _run_trial(site: Site, row: PacketRow, tell: Progress, despite_alarm: bool) 
     task = {
         "task": "try",
         "model": str(model.path),
+        "base_digest": model_base(model).weights_digest,
         "device": site.settings.device,
         "stack": [str(entry.path) for entry in stack],
         "kind": statement.kind,
@@ -269,6 +270,7 @@ def revert_packet(site: Site, packet_id: str, tell: Progress) -> Mapping[str, An
     task = {
         "task": "revert",
         "model": str(model.path),
+        "base_digest": model_base(model).weights_digest,
         "device": site.settings.device,
         "stack": [str(entry.path) for entry in others],
         "attachment": str(attachment),

@@ -915,6 +915,22 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
             "A PEFT directory holds one LoRA, or one delta that changes matrices of blocks only; "
             "export the rest as a merged snapshot.",
         ),
+        "AG-RCP-026": ErrorCode(
+            "the base's blocks cannot be copied and changed one by one",
+            "Use a snapshot whose blocks hold weights of their own, of one floating-point type.",
+        ),
+        "AG-RCP-027": ErrorCode(
+            "memory ran out; the model is as it was before",
+            "Free memory or use a larger machine, then try again.",
+        ),
+        "AG-RCP-028": ErrorCode(
+            "a model's weights changed since it was added",
+            "Put the weights back, or add the changed model under another name.",
+        ),
+        "AG-RCP-029": ErrorCode(
+            "a search over positions cannot use private data",
+            "Fix the position in the plan; search for it beforehand on public text of the kind.",
+        ),
         "AG-RCP-030": ErrorCode(
             "the training text is empty or too small",
             "Give more documents, or shorter windows; near-duplicates count once.",

@@ -4,6 +4,9 @@
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
     Gemma2Config,
     Gemma2ForCausalLM,
@@ -16,6 +19,7 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -115,6 +119,13 @@ def generate(model: PreTrainedModel, use_cache: bool, **options: object) -> list
         **options,
     )
     return out[0, 12:].tolist()
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Word n is token n."""
+    words = Tokenizer(WordLevel({f"w{number}": number for number in range(VOCAB)}, "w0"))
+    words.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0")
 
 
 def write_model(directory: Path, family: str = "llama", seed: int = 1) -> PreTrainedModel:

@@ -9,8 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from allograft.crypto import canonical
 from allograft.errors import RejectedError
 from allograft.packet.tensors import check_file
+from allograft.privacy.dp import DpConstants
 from allograft.recipes import blocks
 from allograft.recipes.attachment import load_attachment, save_attachment
 from allograft.recipes.base import (
@@ -26,7 +28,7 @@ from allograft.recipes.base import (
 )
 from allograft.recipes.facts import OrganFacts
 from allograft.recipes.loop import token_losses
-from allograft.recipes.organ import OrganRecipe, default_position
+from allograft.recipes.organ import OrganRecipe, default_position, search_positions
 from allograft.recipes.plan import LoopPlan, LoraPlan, OrganPlan
 from allograft.recipes.snapshot import state_digest
 from kit.tiny import FAMILIES, LAYERS, generate, logits_of, tiny_model, tiny_tokens, tiny_windows
@@ -255,7 +257,17 @@ def test_refuses_to_train_on_a_model_with_attachments(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "plan", [OrganPlan(0), OrganPlan(5), OrganPlan(2, 3), OrganPlan(1, 0, 9), OrganPlan(1, -1)]
+    "plan",
+    [
+        OrganPlan(0),
+        OrganPlan(5),
+        OrganPlan(2, 3),
+        OrganPlan(1, 0, 9),
+        OrganPlan(1, -1),
+        OrganPlan(2, mode="replace", position=3),
+        OrganPlan(1, 0, 1, mode="replace"),
+        OrganPlan(5, mode="replace"),
+    ],
 )
 def test_refuses_organs_outside_the_base(plan: OrganPlan, tmp_path: Path) -> None:
     with pytest.raises(RejectedError, match="AG-RCP-021"):
@@ -266,6 +278,8 @@ def test_refuses_a_plan_of_another_kind(tmp_path: Path) -> None:
     donor = Donor(tiny_model("llama"), tiny_windows(), tmp_path)
     with pytest.raises(RejectedError, match="AG-RCP-035"):
         RECIPE.extract(donor, Plan(LoraPlan(), LOOP))
+    with pytest.raises(RejectedError, match="AG-RCP-035"):
+        RECIPE.extract(donor, Plan(OrganPlan(mode="swap"), LOOP))
 
 
 def test_attaching_and_detaching_twice_is_refused(tmp_path: Path) -> None:
@@ -329,6 +343,9 @@ def test_check_refuses_other_shapes_and_tokenizers() -> None:
         {"position": 5},
         {"layer_types": ["full_attention", "full_attention"]},
         {"dose_rule": "wrapper"},
+        {"dose_rule": "change"},
+        {"mode": "swap"},
+        {"mode": "replace", "dose_rule": "change"},
         {"dtype": "int8"},
     ],
 )
@@ -348,6 +365,115 @@ def test_fit_refuses_a_model_of_another_shape(tmp_path: Path) -> None:
     made = extract(tiny_model("llama"), tmp_path)
     with pytest.raises(RejectedError, match="AG-RCP-010"):
         fit(tiny_model("qwen3"), tmp_path, made)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_replacement_learns_and_the_replaced_blocks_return_bit_for_bit(
+    family: str, tmp_path: Path
+) -> None:
+    model = tiny_model(family)
+    digest, before = state_digest(model), logits_of(model)
+    loop = replace(LOOP, steps=12, batch_windows=24)
+    made = extract(model, tmp_path, OrganPlan(2, mode="replace"), loop)
+    assert state_digest(model) == digest
+    assert made.report["last_loss"] < made.report["first_loss"]
+    assert (made.facts.source, made.facts.position) == (1, 1)
+    handle = RECIPE.attach(fit(model, tmp_path, made), model)
+    full = logits_of(model)
+    assert blocks.count_blocks_run(model, tiny_tokens()) == LAYERS
+    assert generate(model, use_cache=True) == generate(model, use_cache=False)
+    handle.set_dose(0.5)
+    assert 0 < (logits_of(model) - before).norm() < (full - before).norm()
+    handle.set_dose(0.0)
+    assert torch.equal(logits_of(model), before)
+    handle.set_dose(1.0)
+    assert torch.equal(logits_of(model), full)
+    RECIPE.detach(handle)
+    assert state_digest(model) == digest
+    with pytest.raises(RejectedError, match="AG-RCP-023"):
+        RECIPE.detach(handle)
+
+
+def test_attached_replacement_is_the_model_that_was_trained(tmp_path: Path) -> None:
+    """After two steps the recipient has the loss that the donor's third step began with."""
+    model, text = tiny_model("gemma2"), tiny_windows()
+    loop = LoopPlan(steps=2, batch_windows=24, learning_rate=1e-2, warmup_steps=0, final_rate=1.0)
+    plan = OrganPlan(2, mode="replace")
+    handle = RECIPE.attach(fit(model, tmp_path, extract(model, tmp_path, plan, loop)), model)
+    losses = token_losses(logits_of(model, text.tokens), text.tokens, text.lengths)
+    RECIPE.detach(handle)
+    seen: list[float] = []
+    three = replace(loop, steps=3)
+    extract(model, tmp_path, plan, three, progress=lambda step: seen.append(step.loss))
+    assert seen[2] == pytest.approx(float(losses.sum() / (text.lengths - 1).sum()), rel=1e-4)
+    assert seen[2] < seen[0]
+
+
+def test_payload_of_a_replacement_is_the_change_alone(tmp_path: Path) -> None:
+    """Against a relative of the base it then says what was learnt, not what the base held."""
+    model = tiny_model("llama")
+    made = extract(model, tmp_path, OrganPlan(1, mode="replace"))
+    own = blocks.base_blocks(model)[made.facts.source].mlp.up_proj.weight.detach()
+    change = load_file(tmp_path / "organ.safetensors")["blocks.0.mlp.up_proj.weight"]
+    assert 0 < float(change.norm()) < 0.5 * float(own.norm())
+    relative = tiny_model("llama")
+    with torch.no_grad():
+        for value in relative.parameters():
+            value.add_(0.01)
+    RECIPE.attach(fit(relative, tmp_path, made), relative)
+    moved = blocks.base_blocks(relative)[made.facts.source].mlp.up_proj.weight
+    torch.testing.assert_close(moved, own + 0.01 + change)
+
+
+@pytest.mark.parametrize("mode", ["insert", "replace"])
+def test_search_charges_its_trials_and_takes_the_best_position(mode: str, tmp_path: Path) -> None:
+    made = extract(tiny_model("llama"), tmp_path, OrganPlan(1, mode=mode, search_steps=3))
+    search = made.report["search"]
+    losses = {trial["position"]: trial["loss"] for trial in search["trials"]}
+    assert list(losses) == search_positions(LAYERS, 1, mode)
+    assert made.facts.position == search["position"] == min(losses, key=losses.__getitem__)
+    assert search["steps"] == 3 * len(losses)
+    assert search["seconds"] > 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["organ.safetensors"]
+
+
+def test_interrupted_run_keeps_the_position_that_its_search_found(tmp_path: Path) -> None:
+    """Another position would train on with the weights of this one."""
+
+    def stop(_step: object) -> None:
+        raise InterruptedError
+
+    model, plan = tiny_model("llama"), OrganPlan(1, search_steps=2)
+    digest = state_digest(model)
+    with pytest.raises(InterruptedError):
+        extract(model, tmp_path, plan, replace(LOOP, snapshot_s=0.0), progress=stop)
+    assert state_digest(model) == digest
+    kept = json.loads((tmp_path / "search.json").read_text())
+    kept["position"] = 1 if kept["position"] != 1 else 2
+    (tmp_path / "search.json").write_bytes(canonical.dumps(kept))
+    assert extract(model, tmp_path, plan).facts.position == kept["position"]
+
+
+def test_refuses_a_search_on_private_data(tmp_path: Path) -> None:
+    constants = DpConstants(0.5, 1.0, 8, 1.0, 8.0, 1e-3, 4)
+    plan = Plan(OrganPlan(1, search_steps=2), LOOP, constants)
+    with pytest.raises(RejectedError, match="AG-RCP-029"):
+        RECIPE.extract(Donor(tiny_model("llama"), tiny_windows(), tmp_path), plan)
+
+
+def test_refuses_a_search_without_a_document_to_hold_out(tmp_path: Path) -> None:
+    one = replace(tiny_windows(), documents=torch.zeros(24, dtype=torch.long))
+    donor = Donor(tiny_model("llama"), one, tmp_path)
+    with pytest.raises(RejectedError, match="AG-RCP-030"):
+        RECIPE.extract(donor, Plan(OrganPlan(1, search_steps=2), LOOP))
+
+
+def test_search_never_tries_the_very_first_place() -> None:
+    for layers, blocks_ in ((1, 1), (2, 1), (6, 2), (32, 4)):
+        for mode in ("insert", "replace"):
+            tried = search_positions(layers, blocks_, mode)
+            last = layers if mode == "insert" else layers - blocks_
+            assert all(min(1, last) <= position <= last for position in tried)
 
 
 def test_default_position_is_late_but_never_outside() -> None:

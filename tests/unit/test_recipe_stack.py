@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, pipeline
 
 from allograft.errors import RejectedError
 from allograft.recipes import blocks
@@ -23,7 +23,16 @@ from allograft.recipes.export import export_merged, export_peft
 from allograft.recipes.plan import LoopPlan, LoraPlan, OrganPlan
 from allograft.recipes.snapshot import state_digest
 from allograft.recipes.stack import Stack, null_packet, stack_digest
-from kit.tiny import FAMILIES, generate, logits_of, tiny_model, tiny_windows
+from kit.tiny import (
+    FAMILIES,
+    LAYERS,
+    generate,
+    logits_of,
+    tiny_model,
+    tiny_tokenizer,
+    tiny_tokens,
+    tiny_windows,
+)
 
 LOOP = LoopPlan(steps=2, batch_windows=8, learning_rate=1e-2, warmup_steps=0)
 
@@ -73,6 +82,40 @@ def test_stack_does_not_depend_on_order(three: tuple[Attachment, ...]) -> None:
         assert stack.attachments == ()
     assert len(names) == 1
     assert len(remainders) == 3
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_inserting_replacing_and_adapting_add_up_in_any_order(family: str, tmp_path: Path) -> None:
+    """Two organs on one block, one of which replaces it, and an adapter on the same matrices."""
+    model = tiny_model(family)
+    plain = state_digest(model)
+    some = (
+        make(model, tmp_path, OrganPlan(1, 2, 2, "replace"), "a"),
+        make(model, tmp_path, OrganPlan(2, 1, 3), "b"),
+        make(model, tmp_path, OrganPlan(1, 2, 2, "replace"), "c"),
+        make(model, tmp_path, LoraPlan(rank=2), "d"),
+    )
+    whole: set[str] = set()
+    for order in ((0, 1, 2, 3), (3, 1, 0, 2), (2, 3, 1, 0)):
+        stack = Stack(model)
+        for number in order:
+            stack.attach(some[number])
+        whole.add(state_digest(model))
+        assert blocks.count_blocks_run(model, tiny_tokens()) == LAYERS + 2
+        stack.detach(some[1].attachment_id)
+        assert generate(model, use_cache=True) == generate(model, use_cache=False)
+        for number in (0, 3, 2):
+            stack.detach(some[number].attachment_id)
+        assert state_digest(model) == plain
+    assert len(whole) == 1
+
+
+def test_null_of_a_replacement_is_noise_of_the_size_of_its_change(tmp_path: Path) -> None:
+    model = tiny_model("gemma2")
+    organ = make(model, tmp_path, OrganPlan(1, 2, 2, "replace"), "a")
+    null = null_packet(organ, model, seed=3)
+    for name, value in organ.tensors.items():
+        torch.testing.assert_close(null.tensors[name].norm(), value.norm(), rtol=1e-3, atol=1e-6)
 
 
 def test_digest_tells_doses_and_members_apart(three: tuple[Attachment, ...]) -> None:
@@ -182,3 +225,20 @@ def test_organ_is_no_peft_adapter(three: tuple[Attachment, ...], tmp_path: Path)
         export_peft(three[0], tmp_path / "adapter")
     with pytest.raises(RejectedError, match="AG-RCP-024"):
         export_peft(replace(three[1], dose=0.0), tmp_path / "adapter")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_pipeline_generates_with_attachments_on(family: str, tmp_path: Path) -> None:
+    model = tiny_model(family)
+    stack = Stack(model)
+    plain = generate(model, use_cache=False)
+    stack.attach(make(model, tmp_path, OrganPlan(2, 1, 3), "a"))
+    stack.attach(make(tiny_model(family), tmp_path, LoraPlan(rank=2), "b"))
+    writer = pipeline("text-generation", model=model, tokenizer=tiny_tokenizer())
+    prompt = " ".join(f"w{token}" for token in tiny_tokens(1, 12)[0].tolist())
+    options = {"min_new_tokens": 32, "do_sample": False, "return_full_text": False}
+    (said,) = writer(prompt, max_new_tokens=32, **options)
+    tokens = [int(word.removeprefix("w")) for word in said["generated_text"].split()]
+    expected = generate(model, use_cache=False)
+    assert tokens == [token for token in expected if token != 0]  # the pipeline drops padding
+    assert expected != plain

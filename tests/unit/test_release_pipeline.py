@@ -15,15 +15,24 @@ from kit.tiny import tiny_model, tiny_windows
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
-@pytest.mark.parametrize("kind", ["organ", "lora"])
+@pytest.mark.parametrize(
+    ("kind", "choice"),
+    [
+        ("organ", OrganPlan()),
+        ("organ", OrganPlan(1, mode="replace")),
+        ("lora", LoraPlan(rank=2)),
+    ],
+    ids=["insert", "replace", "lora"],
+)
 @pytest.mark.parametrize("wire", ["bf16", "f32"])
-def test_an_extract_survives_the_way_out(tmp_path: Path, kind: str, family: str, wire: str) -> None:
+def test_an_extract_survives_the_way_out(
+    tmp_path: Path, kind: str, choice: OrganPlan | LoraPlan, family: str, wire: str
+) -> None:
     tiny_model(family).save_pretrained(tmp_path / "base")
     model = load_model(tmp_path / "base")
     (tmp_path / "work").mkdir()
     (tmp_path / "payload").mkdir()
     recipe = load_recipe(kind)
-    choice = OrganPlan() if kind == "organ" else LoraPlan(rank=2)
     plan = Plan(choice, LoopPlan(steps=2, batch_windows=2))
     extract = recipe.extract(Donor(model, tiny_windows(), tmp_path / "work"), plan)
 

@@ -85,7 +85,8 @@ def _modules(
         for name, value in sorted(attachment.tensors.items()):
             if match := _ORGAN.match(name):
                 learnt = value.to(model.device, torch.float32)
-                learnt = learnt - start[name].to(model.device, torch.float32)
+                if name in start:  # an organ that replaces blocks is a change already
+                    learnt = learnt - start[name].to(model.device, torch.float32)
                 yield match["name"], _weigh_matrix(learnt.reshape(len(learnt), -1), generator)
 
 

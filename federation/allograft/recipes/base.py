@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 #: entry point; a packet can only choose among the allowed ones.
 BUILT_IN_KINDS = frozenset({"organ", "lora", "delta"})
 
+#: Kinds that measurement has not borne out. No packet travels with one, and `load_recipe` refuses
+#: them unless the caller's own allow-list names them.
+EXPERIMENTAL_KINDS = frozenset({"stitched"})
+
 #: Doses that the gate tries. Half a dose kept two thirds of the gain at a fifth of the harm to
 #: general text in our measurements, so a full dose is never the only candidate.
 DOSES = (0.25, 0.5, 1.0)
@@ -39,7 +43,9 @@ DOSES = (0.25, 0.5, 1.0)
 #: continued base, at most .02 for an independent seed; anything between is unusual.
 LINEAGE_COSINE = 0.9
 
-Level = Literal["exact", "lineage", "refuse"]
+#: How a packet fits a model. `behavioural`: it works beside the model or through what the model
+#: says, so the two share a tokenizer and need not share a weight.
+Level = Literal["exact", "lineage", "behavioural", "refuse"]
 
 #: How a private step takes the persons drawn: one at a time, several at once, or as suits.
 PrivateWay = Literal["auto", "single", "joint"]
@@ -136,6 +142,7 @@ class Donor:
     ram_bytes: int = 1 << 30  # ceiling for cached activations in memory
     disk_bytes: int = 16 << 30  # ceiling for cached activations in a file under workdir
     private_way: PrivateWay = "auto"  # the same sums, but for rounding; no matter of the plan
+    probe: Windows | None = None  # public text that recipients have too, for stitching
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,6 +229,7 @@ class Recipient:
 
     model: Any
     seed: int = 0
+    probe: Windows | None = None  # the donor's public text, for stitching
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -31,6 +31,12 @@ from allograft.recipes.base import ModelShape
 #: Set on an inserted block: the id of the attachment that owns it.
 _OWNER = "allograft_owner"
 
+#: Set on a block that has others beside it: those, by owner, and the hook that runs them.
+_SIDES = "allograft_sides"
+_SIDE_HOOK = "allograft_side_hook"
+
+_DOSED_ROWS = 256
+
 #: Config fields that make blocks differ by position in ways this module does not edit.
 _POSITION_DEPENDENT = (
     "is_heterogeneous",
@@ -157,7 +163,7 @@ def base_shape(model: PreTrainedModel) -> ModelShape:
     """
     described = describe_model(model.config)
     own = [not hasattr(block, _OWNER) for block in model_blocks(model)]
-    types = described.layer_types
+    types = layer_types(model)
     kept = tuple(t for t, is_own in zip(types, own, strict=True) if is_own) if types else ()
     return replace(described, layers=sum(own), layer_types=kept)
 
@@ -176,12 +182,18 @@ def base_blocks(model: PreTrainedModel) -> list[nn.Module]:
 def layer_types(model: PreTrainedModel) -> list[str] | None:
     """The attention type of each block as things stand now; None where the family has one type."""
     types = getattr(model.config, "layer_types", None)
-    return list(types) if types is not None else None
+    # Blocks beside a block have their types behind those of the list.
+    return list(types)[: len(model_blocks(model))] if types is not None else None
+
+
+def is_inserted(model: PreTrainedModel, owner: str) -> bool:
+    """Whether an owner's blocks are in the model's list."""
+    return any(getattr(block, _OWNER, None) == owner for block in model_blocks(model))
 
 
 def has_insertions(model: PreTrainedModel) -> bool:
-    """Whether any inserted block is on the model."""
-    return any(hasattr(block, _OWNER) for block in model_blocks(model))
+    """Whether any block is on the model that the base does not have, in its list or beside it."""
+    return any(hasattr(block, _OWNER) or sides_of(block) for block in model_blocks(model))
 
 
 def new_blocks(model: PreTrainedModel, source: int, count: int) -> list[nn.Module]:
@@ -207,11 +219,11 @@ def new_blocks(model: PreTrainedModel, source: int, count: int) -> list[nn.Modul
         if any(True for _ in block.buffers()):
             raise RejectedError("AG-RCP-020", "this family keeps buffers inside its blocks")
         first = next(original.parameters())
-        block.to_empty(device=first.device)
+        # The type first: memory for a type that is then changed would be taken twice.
         block.to(first.dtype)
+        block.to_empty(device=first.device)
         block.requires_grad_(False)
         block.train(original.training)
-        _share_hooks(original, block)
         made.append(block)
     return made
 
@@ -220,8 +232,35 @@ def copy_blocks(model: PreTrainedModel, source: int, count: int) -> list[nn.Modu
     """New blocks that hold copies of the source blocks' weights."""
     made = new_blocks(model, source, count)
     for block, original in zip(made, base_blocks(model)[source : source + count], strict=True):
-        block.load_state_dict(original.state_dict(), strict=True)
+        fill_block(block, dict(original.named_parameters()))
     return made
+
+
+def fill_block(block: nn.Module, values: Mapping[str, torch.Tensor]) -> None:
+    """Copy values into all parameters of a block.
+
+    Not `load_state_dict`: that reports a full memory as a block that does not fit.
+    """
+    with torch.no_grad():
+        for name, parameter in block.named_parameters():
+            parameter.copy_(values[name])
+
+
+def check_weights(model: PreTrainedModel) -> None:
+    """Refuse a base whose blocks cannot be copied and changed one by one.
+
+    Raises:
+        RejectedError: AG-RCP-026 if the blocks' weights are of several types, or not of a floating
+            type (quantised), or if two blocks share one.
+    """
+    weights = [value for block in base_blocks(model) for value in block.parameters()]
+    types = {value.dtype for value in weights}
+    if len(types) != 1 or not all(dtype.is_floating_point for dtype in types):
+        names = ", ".join(sorted(str(dtype) for dtype in types))
+        raise RejectedError("AG-RCP-026", f"the blocks' weights are of type {names}")
+    # Parameters that are one object are listed once for each block that holds them.
+    if len({id(value) for value in weights}) != len(weights):
+        raise RejectedError("AG-RCP-026", "two blocks of the base share a weight")
 
 
 def _share_hooks(original: nn.Module, block: nn.Module) -> None:
@@ -272,8 +311,9 @@ def insert_blocks(
     while at < len(owners) and (earlier := owners[at]) is not None and earlier < owner:
         at += 1
     types = layer_types(model)
-    for block in blocks:
+    for offset, block in enumerate(blocks):
         setattr(block, _OWNER, owner)
+        _share_hooks(own[source + offset], block)
     if types is not None:
         origin = [_index_of(everything, own[source + offset]) for offset in range(len(blocks))]
         types = types[:at] + [types[index] for index in origin] + types[at:]
@@ -305,13 +345,121 @@ def _write_blocks(
     chain = nn.ModuleList(blocks)
     chain.training = trunk.training
     setattr(trunk, family.blocks, chain)
+    slots = list(blocks)
     for index, block in enumerate(blocks):
+        # What stands beside a block has cache slots of its own, behind those of the list.
+        beside = [each for _, side in sorted(sides_of(block).items()) for each in side.blocks]
+        slots += beside
+        if types is not None:
+            types = types + [types[index]] * len(beside)
+    for index, block in enumerate(slots):
         for module in block.modules():
             if hasattr(module, "layer_idx"):
                 setattr(module, "layer_idx", index)  # noqa: B010  (modules type attributes as tensors)
     if types is not None:
         model.config.layer_types = types
-    model.config.num_hidden_layers = len(blocks)
+    model.config.num_hidden_layers = len(slots)
+
+
+@dataclass(slots=True, eq=False)
+class Side:
+    """Blocks beside a host block: they add dose (O(u) - u) B to its output h, where u = h A + a.
+
+    Attributes:
+        blocks: O, blocks of this family in the order in which they run.
+        into: A, [width, width].
+        shift: a, [width].
+        back: B, [width, width].
+        dose: At 0 nothing is computed and h passes as it is.
+    """
+
+    blocks: list[nn.Module]
+    into: torch.Tensor
+    shift: torch.Tensor
+    back: torch.Tensor
+    dose: float
+
+    def add(self, hidden: torch.Tensor, rest: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        """The host's output with this side's share; the blocks see the host's masks and caches."""
+        if self.dose == 0.0:
+            return hidden
+        entered = value = hidden @ self.into + self.shift
+        for block in self.blocks:
+            value = hidden_of(block(value, *rest, **options))
+        return hidden + self.dose * ((value - entered) @ self.back)
+
+
+def sides_of(block: nn.Module) -> Mapping[str, Side]:
+    """What stands beside a block, by owner."""
+    sides: Mapping[str, Side] = vars(block).get(_SIDES, {})
+    return sides
+
+
+def add_side(model: PreTrainedModel, side: Side, source: int, host: int, owner: str) -> None:
+    """Put blocks beside a base block.
+
+    A hook, not a wrapper: the model's list stays as it is and every block keeps its attributes.
+    The blocks hold cache slots of their own behind those of the list, so cached generation is
+    right. While a side is on it the model MUST NOT be saved: its depth counts blocks that
+    `save_pretrained` does not see.
+
+    Args:
+        model: Changed in place.
+        side: Its blocks from `new_blocks(model, source, …)`.
+        source: Where their attention types come from.
+        host: Counted in the base's own blocks.
+        owner: The attachment's id.
+
+    Raises:
+        RejectedError: AG-RCP-021 for a host that does not exist or attends otherwise than the
+            blocks, whose mask they would get; AG-RCP-023 if the owner is already present.
+    """
+    own = base_blocks(model)
+    if not 0 <= host < len(own):
+        raise RejectedError("AG-RCP-021", f"no block {host} in a base of {len(own)}")
+    if any(owner in sides_of(block) for block in own):
+        raise RejectedError("AG-RCP-023", "the attachment is already on this model")
+    types = base_shape(model).layer_types
+    if types and set(types[source : source + len(side.blocks)]) != {types[host]}:
+        raise RejectedError("AG-RCP-021", "blocks beside a block that attends in another way")
+    block = own[host]
+    if not sides_of(block):
+        vars(block)[_SIDES] = {}
+        vars(block)[_SIDE_HOOK] = block.register_forward_hook(_add_sides, with_kwargs=True)
+    vars(block)[_SIDES][owner] = side
+    _write_blocks(model, model_blocks(model), layer_types(model))
+
+
+def remove_side(model: PreTrainedModel, owner: str) -> None:
+    """Take blocks away that stand beside a base block.
+
+    Raises:
+        RejectedError: AG-RCP-023 if the owner has none here.
+    """
+    block = next((each for each in base_blocks(model) if owner in sides_of(each)), None)
+    if block is None:
+        raise RejectedError("AG-RCP-023", "the attachment is not on this model")
+    sides = vars(block)[_SIDES]
+    del sides[owner]
+    if not sides:
+        vars(block).pop(_SIDES)
+        vars(block).pop(_SIDE_HOOK).remove()
+    _write_blocks(model, model_blocks(model), layer_types(model))
+
+
+def _add_sides(
+    host: nn.Module, inputs: tuple[Any, ...], options: dict[str, Any], output: Any
+) -> Any:
+    hidden = hidden_of(output)
+    for _, side in sorted(sides_of(host).items()):
+        hidden = side.add(hidden, inputs[1:], options)
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+def hidden_of(output: Any) -> torch.Tensor:
+    """The hidden state of a block's output, which older families wrap in a tuple."""
+    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
+    return hidden
 
 
 @contextlib.contextmanager
@@ -389,7 +537,11 @@ def write_dose(
             elif dose == 0.0:
                 parameters[name].zero_()  # not 0 * x: that keeps minus signs and NaN
             else:
-                parameters[name].copy_(full.float() * dose)
+                # A few rows at a time: a float32 copy of a large matrix would be a tenth of a
+                # large organ's payload.
+                targets = torch.split(parameters[name], _DOSED_ROWS)
+                for target, part in zip(targets, torch.split(full, _DOSED_ROWS), strict=True):
+                    target.copy_(part.float() * dose)
 
 
 def silence(family: Family, block: nn.Module) -> None:

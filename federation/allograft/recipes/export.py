@@ -27,7 +27,7 @@ from allograft.packet.delta import EMBEDDING, HEAD
 from allograft.privacy.shapes import BaseTensors, read_base
 from allograft.provenance.ancestry import FILE_NAME, Ancestry
 from allograft.recipes.base import Attachment
-from allograft.recipes.blocks import FAMILIES
+from allograft.recipes.blocks import FAMILIES, model_blocks, sides_of
 from allograft.recipes.delta import packed_directions
 from allograft.recipes.factors import unpack
 from allograft.recipes.facts import DeltaFacts, LoraFacts
@@ -46,9 +46,12 @@ def export_merged(
         ancestry: The packets inside, written beside it as well.
 
     Raises:
-        RejectedError: AG-RCP-024 if the directory exists.
+        RejectedError: AG-RCP-024 if the directory exists, or if blocks stand beside others: no
+            stock model has such a place for them.
         UnavailableError: AG-STO-001 when the disk is full.
     """
+    if any(sides_of(block) for block in model_blocks(model)):
+        raise RejectedError("AG-RCP-024", "blocks beside a block cannot be merged into a snapshot")
     with _new_directory(directory) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

@@ -18,8 +18,8 @@ from allograft.packet.adapter import AdapterSettings, check_adapter_settings, re
 from allograft.packet.delta import EMBEDDING, HEAD, DeltaLayout, read_delta_layout
 from allograft.recipes.base import Facts, ModelShape
 
-#: How a dose acts on an organ; stated in the facts so that no reader has to guess.
-DOSE_RULE = "residual-branches"
+#: How a dose acts on an organ, by its mode; stated in the facts so that no reader has to guess.
+DOSE_RULES: Mapping[str, str] = {"insert": "residual-branches", "replace": "change"}
 
 #: Floating-point element types that payloads may have; the same as in packet/tensors.
 DTYPES = frozenset({"float32", "bfloat16", "float16"})
@@ -30,7 +30,8 @@ class OrganFacts:
     """What a recipient must know before it opens an organ.
 
     `layer_types` repeats the types of the source blocks (empty where the family has none): a block
-    computed with another type's mask runs without an error and is wrong.
+    computed with another type's mask runs without an error and is wrong. An organ in mode `replace`
+    holds the change against the blocks it replaces, so its source and position are one.
     """
 
     shape: ModelShape
@@ -39,16 +40,23 @@ class OrganFacts:
     position: int
     layer_types: tuple[str, ...]
     dtype: str
-    dose_rule: str = DOSE_RULE
+    mode: str = "insert"
 
     def __post_init__(self) -> None:
         depth = self.shape.layers
         inside = 1 <= self.blocks <= depth and self.source + self.blocks <= depth
         if not inside or self.position > depth:
             raise RejectedError("AG-RCP-002", "the organ lies outside its base")
+        if self.mode not in DOSE_RULES or (self.replaces and self.source != self.position):
+            raise RejectedError("AG-RCP-002", "the organ's mode is unknown or has another source")
         types = self.shape.layer_types[self.source : self.source + self.blocks]
-        if types != self.layer_types or self.dose_rule != DOSE_RULE or self.dtype not in DTYPES:
-            raise RejectedError("AG-RCP-002", "the organ's types, dose rule or dtype are unknown")
+        if types != self.layer_types or self.dtype not in DTYPES:
+            raise RejectedError("AG-RCP-002", "the organ's types or dtype are unknown")
+
+    @property
+    def replaces(self) -> bool:
+        """Whether it holds a change of the base's own blocks, and adds none."""
+        return self.mode == "replace"
 
     def to_json(self) -> dict[str, canonical.Json]:
         """The facts as a JSON object."""
@@ -59,7 +67,8 @@ class OrganFacts:
             "position": self.position,
             "layer_types": list(self.layer_types),
             "dtype": self.dtype,
-            "dose_rule": self.dose_rule,
+            "mode": self.mode,
+            "dose_rule": DOSE_RULES[self.mode],
         }
 
     @classmethod
@@ -69,16 +78,60 @@ class OrganFacts:
         Raises:
             RejectedError: AG-IN-003 if malformed, AG-RCP-002 if they contradict each other.
         """
-        fields = canonical.as_object(value, cls.__dataclass_fields__.keys())
+        fields = canonical.as_object(value, {*cls.__dataclass_fields__, "dose_rule"})
         types = canonical.as_list(fields["layer_types"])
-        return cls(
+        facts = cls(
             shape=ModelShape.from_json(fields["shape"]),
             blocks=canonical.as_int(fields["blocks"]),
             source=canonical.as_int(fields["source"]),
             position=canonical.as_int(fields["position"]),
             layer_types=tuple(canonical.as_text(entry) for entry in types),
             dtype=canonical.as_text(fields["dtype"]),
-            dose_rule=canonical.as_text(fields["dose_rule"]),
+            mode=canonical.as_text(fields["mode"]),
+        )
+        if fields["dose_rule"] != DOSE_RULES[facts.mode]:
+            raise RejectedError("AG-RCP-002", "the organ's dose rule is not that of its mode")
+        return facts
+
+
+@dataclass(frozen=True, slots=True)
+class StitchedFacts:
+    """What a recipient must know before it opens a stitched organ (experimental).
+
+    `probe` is the digest of the public windows on which both sides record hidden states, and
+    `tokens` how many of these the payload holds.
+    """
+
+    organ: OrganFacts
+    probe: str
+    tokens: int
+
+    def __post_init__(self) -> None:
+        organ = self.organ
+        if organ.replaces or organ.position != organ.shape.layers or self.tokens < 1:
+            raise RejectedError("AG-RCP-002", "a stitched organ is made behind the last block")
+
+    @property
+    def shape(self) -> ModelShape:
+        """The base it was made on."""
+        return self.organ.shape
+
+    def to_json(self) -> dict[str, canonical.Json]:
+        """The facts as a JSON object."""
+        return {"organ": self.organ.to_json(), "probe": self.probe, "tokens": self.tokens}
+
+    @classmethod
+    def from_json(cls, value: canonical.Json) -> StitchedFacts:
+        """Read and check the facts.
+
+        Raises:
+            RejectedError: AG-IN-003 if malformed, AG-RCP-002 if they contradict each other.
+        """
+        fields = canonical.as_object(value, cls.__dataclass_fields__.keys())
+        return cls(
+            organ=OrganFacts.from_json(fields["organ"]),
+            probe=canonical.as_sha256(fields["probe"]),
+            tokens=canonical.as_int(fields["tokens"]),
         )
 
 

@@ -1,18 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The organ: a few decoder blocks, trained in place in a frozen base, that others can insert.
+"""The organ: a few decoder blocks, trained in place in a frozen base, that others can take over.
 
-The donor copies blocks of its base, silences them (an exact identity that can learn), inserts them
-and trains only them; the payload is those blocks. A recipient with the same base inserts them at
-the same place, at a dose. Trained in place they improve the base from the first step; blocks
-trained outside it, as first published, never beat the untouched recipient in our replication.
-Invariant: the base's own tensors are never written. See protos/spec/recipes.md.
+To *insert*, the donor copies blocks of its base, silences them (an exact identity that can learn),
+inserts them and trains only them; the payload is those blocks. A recipient with the same base
+inserts them at the same place, at a dose. To *replace*, the donor trains copies in the place of the
+originals, and the payload is their change, which a recipient adds to its own blocks.
+
+Trained in place they improve the base from the first step; blocks trained outside it, as first
+published, never beat the untouched recipient in our replication. Invariant: inserting writes none
+of the base's own tensors, and a replaced block returns bit for bit. See protos/spec/recipes.md.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import torch
 from safetensors.torch import save
@@ -36,45 +41,61 @@ from allograft.recipes.base import (
     Verdict,
     check_base,
 )
-from allograft.recipes.facts import OrganFacts
+from allograft.recipes.facts import DOSE_RULES, OrganFacts
 from allograft.recipes.loop import SNAPSHOT, train
-from allograft.recipes.patch import has_attachments
+from allograft.recipes.losses import token_losses
+from allograft.recipes.patch import Dense, Place, has_attachments, is_patched, patch, unpatch
 from allograft.recipes.plan import LoopPlan, OrganPlan
 from allograft.recipes.prefix import CacheBudget, choose_prefix, replayed_prefix
+from allograft.recipes.shortage import memory_errors
+from allograft.recipes.windows import Windows
 
 PAYLOAD = "organ.safetensors"
 
 _GAIN_FACTOR = 10.0
 
-_TRAINING_OWNER = "training"
+#: Name of a search's result in a job's work directory.
+_SEARCH = "search.json"
+#: Where a search looks, as shares of the base's depth; its held-out part is one in so many.
+_SEARCH_SHARES = (1 / 3, 1 / 2, 2 / 3, 5 / 6, 1.0)
+_SEARCH_PART = 10
+_SEARCH_BATCH = 16
 
 
 class OrganHandle:
-    """An organ at work: its blocks inside a model."""
+    """An organ at work on a model; `blocks` are those that it inserted."""
 
     def __init__(
-        self, attachment: Attachment, model: PreTrainedModel, blocks: list[nn.Module]
+        self, attachment: Attachment, model: PreTrainedModel, blocks: Sequence[nn.Module] = ()
     ) -> None:
         self.attachment = attachment
         self.model = model
         self.blocks = blocks
 
     def set_dose(self, dose: float) -> None:
-        """Scale the residual branches of every block of the organ.
+        """Scale the residual branches of every inserted block, or the change of replaced ones.
 
         Raises:
             RejectedError: AG-RCP-021 for a bad dose, AG-RCP-023 after detaching.
+            UnavailableError: AG-RCP-027 if memory runs out; the dose is then as before.
         """
-        present = surgery.model_blocks(self.model)
-        if not any(block is self.blocks[0] for block in present):
+        if not _is_attached(self.attachment, self.model):
             raise RejectedError("AG-RCP-023", "the attachment is not on this model")
         changed = replace(self.attachment, dose=dose)
-        _write_doses(changed, self.model, self.blocks)
+        if _facts_of(changed).replaces:
+            _write_changes(changed, self.model)
+        else:
+            try:
+                with memory_errors("changing an organ's dose"):
+                    _write_doses(changed, self.model, self.blocks)
+            except BaseException:
+                _write_doses(self.attachment, self.model, self.blocks)
+                raise
         self.attachment = changed
 
 
 class OrganRecipe:
-    """Makes, fits, inserts and removes organs."""
+    """Makes, fits, attaches and removes organs."""
 
     kind = "organ"
     read_facts = staticmethod(OrganFacts.from_json)
@@ -84,19 +105,18 @@ class OrganRecipe:
 
         Raises:
             RejectedError: AG-RCP-021 for a bad position, AG-RCP-022 if the model already carries
-                attachments, and those of `train`.
+                attachments, AG-RCP-026 for a base that cannot be worked on, AG-RCP-029 for a search
+                on private data, and those of `train`.
         """
-        facts = _plan_facts(donor.model, plan.recipe)
+        facts, search = _choose_facts(donor, plan)
+        own = _source_blocks(donor.model, facts)
         with _growing(donor.model, facts, plan.loop) as organ:
-            report = _train_organ(donor, facts, plan, organ)
-            tensors = {
-                f"blocks.{number}.{name}": value.detach().to("cpu", DTYPES[facts.dtype])
-                for number, block in enumerate(organ)
-                for name, value in block.state_dict().items()
-            }
+            report = _train_organ(donor, facts, plan, organ, donor.workdir / SNAPSHOT) | search
+            tensors = _payload_tensors(facts, organ, own)
         path = donor.workdir / PAYLOAD
         durable_write(path, save(tensors))
-        (donor.workdir / SNAPSHOT).unlink(missing_ok=True)
+        for name in (SNAPSHOT, _SEARCH):
+            (donor.workdir / name).unlink(missing_ok=True)
         return Extract(self.kind, (path,), facts, report)
 
     def check(self, statement: Declaration, model_card: ModelCard) -> Verdict:
@@ -113,40 +133,51 @@ class OrganRecipe:
         facts = OrganFacts.from_json(dict(payload.facts))
         if surgery.base_shape(recipient.model) != facts.shape:
             raise RejectedError("AG-RCP-010", "the organ was made on a model of another shape")
-        own = surgery.base_blocks(recipient.model)[facts.source : facts.source + facts.blocks]
         expected = {
             f"blocks.{number}.{name}": tuple(value.shape)
-            for number, block in enumerate(own)
-            for name, value in block.state_dict().items()
+            for number, block in enumerate(_source_blocks(recipient.model, facts))
+            for name, value in block.named_parameters()
         }
         tensors = read_tensors(payload.directory / PAYLOAD, expected, DTYPES[facts.dtype])
         return Attachment(self.kind, payload.packet_id, facts, tensors)
 
     def attach(self, attachment: Attachment, model: PreTrainedModel) -> OrganHandle:
-        """Insert an organ at its position and dose.
+        """Insert an organ at its position and dose, or add its change to the blocks it replaces.
 
         Raises:
             RejectedError: AG-RCP-010 for another model, AG-RCP-021 for a bad dose, AG-RCP-023 if
-                it is already attached.
+                it is already attached, AG-RCP-026 for a base that cannot be worked on.
+            UnavailableError: AG-RCP-027 if memory runs out; the model is then as before.
         """
-        facts = attachment.facts
-        assert isinstance(facts, OrganFacts)
+        facts = _facts_of(attachment)
         if surgery.base_shape(model) != facts.shape:
             raise RejectedError("AG-RCP-010", "the organ was made on a model of another shape")
-        made = surgery.new_blocks(model, facts.source, facts.blocks)
-        for number, block in enumerate(made):
-            block.load_state_dict(_block_tensors(attachment, number), strict=True)
-        _write_doses(attachment, model, made)
+        if _is_attached(attachment, model):
+            raise RejectedError("AG-RCP-023", "the attachment is already on this model")
+        surgery.check_weights(model)
+        if facts.replaces:
+            _write_changes(attachment, model)
+            return OrganHandle(attachment, model)
+        with memory_errors("attaching an organ"):
+            made = surgery.new_blocks(model, facts.source, facts.blocks)
+            for number, block in enumerate(made):
+                surgery.fill_block(block, block_tensors(attachment, number))
+            _write_doses(attachment, model, made)
+        # Only now is the model touched, and nothing in it is allocated any more.
         surgery.insert_blocks(model, made, facts.source, facts.position, attachment.attachment_id)
         return OrganHandle(attachment, model, made)
 
     def detach(self, handle: OrganHandle) -> None:
-        """Take an organ's blocks out.
+        """Take an organ's blocks or its change out.
 
         Raises:
             RejectedError: AG-RCP-023 if it is not attached.
         """
-        surgery.remove_blocks(handle.model, handle.attachment.attachment_id)
+        facts, owner = _facts_of(handle.attachment), handle.attachment.attachment_id
+        if facts.replaces:
+            unpatch([place[:2] for place in _places(handle.attachment, handle.model)], owner)
+        else:
+            surgery.remove_blocks(handle.model, owner)
 
 
 def default_position(layers: int, blocks: int) -> int:
@@ -158,56 +189,157 @@ def default_position(layers: int, blocks: int) -> int:
     return max(min(blocks, layers), 5 * layers // 6)
 
 
+def search_positions(layers: int, blocks: int, mode: str) -> list[int]:
+    """The positions that a search tries: spread over the base, but for the very first.
+
+    A block there sees raw embeddings, which was harmful in every measurement.
+    """
+    last = layers if mode == "insert" else layers - blocks
+    return sorted({min(last, max(1, round(last * share))) for share in _SEARCH_SHARES})
+
+
+def _choose_facts(donor: Donor, plan: Plan) -> tuple[OrganFacts, dict[str, canonical.Json]]:
+    """The organ as planned, its position searched for if the plan says so, and the search's report.
+
+    A search's result is kept until the payload is written, so that a resumed run trains on at the
+    position that it began with.
+    """
+    facts = _plan_facts(donor.model, plan.recipe)
+    assert isinstance(plan.recipe, OrganPlan)
+    if not plan.recipe.search_steps:
+        return facts, {}
+    if plan.private is not None:
+        raise RejectedError("AG-RCP-029", "each trial on private data is a run of its own")
+    kept = donor.workdir / _SEARCH
+    if not kept.exists():
+        durable_write(kept, canonical.dumps(_search(donor, plan, facts.shape.layers)))
+    search = canonical.as_mapping(canonical.loads(kept.read_bytes()))
+    position = canonical.as_int(search["position"])
+    return _plan_facts(donor.model, replace(plan.recipe, position=position)), {"search": search}
+
+
+def _search(donor: Donor, plan: Plan, layers: int) -> dict[str, canonical.Json]:
+    """Train briefly at several positions and compare them on text that no trial saw."""
+    recipe = plan.recipe
+    assert isinstance(recipe, OrganPlan)
+    documents = sorted(set(donor.windows.documents.tolist()))
+    is_kept = donor.windows.documents >= documents[-max(1, len(documents) // _SEARCH_PART)]
+    if bool(is_kept.all()):
+        raise RejectedError("AG-RCP-030", "a search holds out a document, and there is only one")
+    train_part, kept_part = donor.windows.choose(~is_kept), donor.windows.choose(is_kept)
+    trial = replace(donor, windows=train_part, progress=None)
+    brief = replace(plan, loop=replace(plan.loop, steps=recipe.search_steps))
+    trials: list[canonical.Json] = []
+    began = time.monotonic()
+    for position in search_positions(layers, recipe.blocks, recipe.mode):
+        facts = _plan_facts(donor.model, replace(recipe, position=position))
+        with _growing(donor.model, facts, brief.loop) as organ:
+            _train_organ(trial, facts, brief, organ, None)
+            trials.append({"position": position, "loss": _mean_loss(donor.model, kept_part)})
+    best = min(trials, key=lambda trial: canonical.as_number(canonical.as_mapping(trial)["loss"]))
+    return {
+        "position": canonical.as_mapping(best)["position"],
+        "trials": trials,
+        "steps": len(trials) * recipe.search_steps,
+        "seconds": round(time.monotonic() - began, 3),
+    }
+
+
+@torch.no_grad()
+def _mean_loss(model: PreTrainedModel, windows: Windows) -> float:
+    """Nats per token."""
+    total = 0.0
+    for numbers in torch.split(torch.arange(len(windows)), _SEARCH_BATCH):
+        tokens = windows.tokens[numbers].to(model.device)
+        with torch.autocast(tokens.device.type, torch.bfloat16, tokens.device.type == "cuda"):
+            logits = model(input_ids=tokens, use_cache=False).logits
+        total += float(token_losses(logits, tokens, windows.lengths[numbers]).sum())
+    return total / int((windows.lengths - 1).sum())
+
+
 def _plan_facts(model: PreTrainedModel, plan: object) -> OrganFacts:
     if not isinstance(plan, OrganPlan):
         raise RejectedError("AG-RCP-035", "an organ needs an organ plan")
+    if plan.mode not in DOSE_RULES:
+        raise RejectedError("AG-RCP-035", f"an organ's mode is one of {', '.join(DOSE_RULES)}")
     if has_attachments(model):
         raise RejectedError("AG-RCP-022", "an organ is trained on the plain base")
+    surgery.check_weights(model)
     shape = surgery.describe_model(model.config)
-    position = plan.position
+    inserts, position = plan.mode == "insert", plan.position
     if position is None:
-        position = default_position(shape.layers, plan.blocks)
-    source = max(0, position - plan.blocks) if plan.source is None else plan.source
+        position = default_position(shape.layers, plan.blocks) - (0 if inserts else plan.blocks)
+    source = plan.source
+    if source is None:
+        source = max(0, position - plan.blocks) if inserts else position
     inside = plan.blocks >= 1 and 0 <= source <= shape.layers - plan.blocks
-    if not inside or not 0 <= position <= shape.layers:
+    if not inside or not 0 <= position <= shape.layers or not (inserts or source == position):
         raise RejectedError(
             "AG-RCP-021", f"{plan.blocks} blocks from {source} to {position} of {shape.layers}"
         )
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     types = shape.layer_types[source : source + plan.blocks]
-    return OrganFacts(shape, plan.blocks, source, position, types, dtype)
+    return OrganFacts(shape, plan.blocks, source, position, types, dtype, plan.mode)
 
 
 @contextlib.contextmanager
 def _growing(
     model: PreTrainedModel, facts: OrganFacts, plan: LoopPlan
 ) -> Iterator[list[nn.Module]]:
-    """The base with a silent organ in it, which alone can learn; the plain base afterwards."""
-    family = surgery.find_family(model.config)
+    """The base with an organ in it that changes nothing yet and alone can learn.
+
+    The plain base afterwards.
+    """
     learning = [(value, value.requires_grad) for value in model.parameters()]
     was_training = [(module, module.training) for module in model.modules()]
     for value, _ in learning:
         value.requires_grad_(False)
     model.eval()
     organ = surgery.copy_blocks(model, facts.source, facts.blocks)
+    chain, types = surgery.model_blocks(model), surgery.layer_types(model) or []
+    kind = types[facts.source : facts.source + facts.blocks]
+    after = facts.position + (facts.blocks if facts.replaces else 0)
     for block in organ:
-        surgery.silence(family, block)
+        if not facts.replaces:
+            surgery.silence(surgery.find_family(model.config), block)
         # Master weights in full precision: bfloat16 would round most updates away.
         block.float().requires_grad_(True)
-    surgery.insert_blocks(model, organ, facts.source, facts.position, _TRAINING_OWNER)
+    grown = [*chain[: facts.position], *organ, *chain[after:]]
+    grown_types = [*types[: facts.position], *kind, *types[after:]]
     try:
-        with surgery.checkpointed(model, plan.checkpointing):
+        with (
+            surgery.only_blocks(model, grown, grown_types),
+            surgery.checkpointed(model, plan.checkpointing),
+        ):
             yield organ
     finally:
-        surgery.remove_blocks(model, _TRAINING_OWNER)
         for value, flag in learning:
             value.requires_grad_(flag)
         for module, mode in was_training:
             module.training = mode
 
 
+def _payload_tensors(
+    facts: OrganFacts, organ: Sequence[nn.Module], own: Sequence[nn.Module]
+) -> dict[str, torch.Tensor]:
+    """The trained blocks; in mode `replace`, less the base's own that they stand for."""
+    tensors = {}
+    for number, (block, original) in enumerate(zip(organ, own, strict=True)):
+        originals = dict(original.named_parameters())
+        for name, value in block.named_parameters():
+            made = value.detach()
+            if facts.replaces:
+                made = made - originals[name].detach()
+            tensors[f"blocks.{number}.{name}"] = made.to("cpu", DTYPES[facts.dtype])
+    return tensors
+
+
 def _train_organ(
-    donor: Donor, facts: OrganFacts, plan: Plan, organ: list[nn.Module]
+    donor: Donor,
+    facts: OrganFacts,
+    plan: Plan,
+    organ: list[nn.Module],
+    snapshot: Path | None,
 ) -> dict[str, canonical.Json]:
     parameters = {
         f"{number}.{name}": value
@@ -226,7 +358,6 @@ def _train_organ(
             logits: torch.Tensor = donor.model(input_ids=tokens, use_cache=False).logits
             return logits
 
-        snapshot = donor.workdir / SNAPSHOT
         training = train(
             forward,
             parameters,
@@ -235,7 +366,7 @@ def _train_organ(
             private=plan.private,
             model=donor.model,
             private_way=donor.private_way,
-            hasten=_hastened(donor.model, organ),
+            hasten={} if facts.replaces else _hastened(donor.model, organ),
             snapshot=snapshot,
             progress=donor.progress,
         )
@@ -267,13 +398,49 @@ def _hastened(model: PreTrainedModel, organ: list[nn.Module]) -> dict[str, float
     }
 
 
-def _write_doses(attachment: Attachment, model: PreTrainedModel, organ: list[nn.Module]) -> None:
+def _facts_of(attachment: Attachment) -> OrganFacts:
+    assert isinstance(attachment.facts, OrganFacts)
+    return attachment.facts
+
+
+def _source_blocks(model: PreTrainedModel, facts: OrganFacts) -> list[nn.Module]:
+    return surgery.base_blocks(model)[facts.source : facts.source + facts.blocks]
+
+
+def _is_attached(attachment: Attachment, model: PreTrainedModel) -> bool:
+    owner = attachment.attachment_id
+    if _facts_of(attachment).replaces:
+        return any(is_patched(place[0], owner) for place in _places(attachment, model))
+    return surgery.is_inserted(model, owner)
+
+
+def _places(attachment: Attachment, model: PreTrainedModel) -> list[Place]:
+    """Every parameter that an organ replaces, with its change."""
+    places: list[Place] = []
+    for number, block in enumerate(_source_blocks(model, _facts_of(attachment))):
+        for name, value in block_tensors(attachment, number).items():
+            module, _, parameter = name.rpartition(".")
+            change = Dense(value, attachment.dose)
+            places.append((block.get_submodule(module), parameter, change))
+    return places
+
+
+def _write_changes(attachment: Attachment, model: PreTrainedModel) -> None:
+    if not 0.0 <= attachment.dose <= 1.0:
+        raise RejectedError("AG-RCP-021", "a dose lies between 0 and 1")
+    patch(_places(attachment, model), attachment.attachment_id)
+
+
+def _write_doses(
+    attachment: Attachment, model: PreTrainedModel, organ: Sequence[nn.Module]
+) -> None:
     family = surgery.find_family(model.config)
     for number, block in enumerate(organ):
-        surgery.write_dose(family, block, _block_tensors(attachment, number), attachment.dose)
+        surgery.write_dose(family, block, block_tensors(attachment, number), attachment.dose)
 
 
-def _block_tensors(attachment: Attachment, number: int) -> dict[str, torch.Tensor]:
+def block_tensors(attachment: Attachment, number: int) -> dict[str, torch.Tensor]:
+    """The tensors of one of an organ's blocks, by their names inside the block."""
     prefix = f"blocks.{number}."
     return {
         name.removeprefix(prefix): value

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from allograft.errors import RejectedError
 from allograft.recipes.blocks import has_insertions
+from allograft.recipes.shortage import memory_errors
 
 _PATCHES = "allograft_patches"
 
@@ -132,18 +133,21 @@ def patch(places: Iterable[Place], owner: str) -> None:
 
     Raises:
         RejectedError: AG-RCP-003 if a change has another shape than its parameter.
+        UnavailableError: AG-RCP-027 if memory runs out.
     """
     done: list[tuple[nn.Module, str, Change | None]] = []
     try:
-        for module, name, change in places:
-            value = _parameter(module, name)
-            if tuple(value.shape) != change.shape:
-                raise RejectedError("AG-RCP-003", "a change does not fit its tensor")
-            patched: dict[str, _Patches] = vars(module).setdefault(_PATCHES, {})
-            patches = patched.setdefault(name, _Patches(value.detach().clone()))
-            done.append((module, name, patches.changes.get(owner)))
-            patches.changes[owner] = change
-            _write(value, patches)
+        with memory_errors("writing changes into weights"):
+            for module, name, change in places:
+                value = _parameter(module, name)
+                if tuple(value.shape) != change.shape:
+                    raise RejectedError("AG-RCP-003", "a change does not fit its tensor")
+                patched: dict[str, _Patches] = vars(module).setdefault(_PATCHES, {})
+                patches = patched.get(name) or _Patches(value.detach().clone())
+                patched[name] = patches
+                done.append((module, name, patches.changes.get(owner)))
+                patches.changes[owner] = change
+                _write(value, patches)
     except BaseException:
         # Memory may run out in the middle; the model must then be what it was.
         for module, name, before in reversed(done):

@@ -35,11 +35,22 @@ class RecipePlan(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class OrganPlan:
-    """Where an organ's blocks come from and where they go; None lets the recipe choose."""
+    """Where an organ's blocks come from and where they go; None lets the recipe choose.
+
+    Attributes:
+        blocks: How many.
+        source: The first base block that they begin as copies of; when replacing, `position`.
+        position: The base block before which they are inserted, or the first that they replace.
+        mode: `insert` or `replace`.
+        search_steps: Above 0, several positions are tried with so many steps each, on text held out
+            of training. On private data each trial would be a run of its own, so it is refused.
+    """
 
     blocks: int = 2
     source: int | None = None
     position: int | None = None
+    mode: str = "insert"
+    search_steps: int = 0
 
     def to_json(self) -> dict[str, canonical.Json]:
         """The choices as a JSON object."""
@@ -57,6 +68,8 @@ class OrganPlan:
             blocks=canonical.as_int(fields["blocks"]),
             source=_optional_int(fields["source"]),
             position=_optional_int(fields["position"]),
+            mode=canonical.as_text(fields["mode"]),
+            search_steps=canonical.as_int(fields["search_steps"]),
         )
 
 

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from allograft.crypto import canonical
 from allograft.errors import RejectedError
-from allograft.recipes.blocks import find_family, model_blocks
+from allograft.recipes.blocks import find_family, model_blocks, sides_of
 
 
 def load_model(directory: Path, device: str = "cpu") -> PreTrainedModel:
@@ -50,6 +51,8 @@ def load_model(directory: Path, device: str = "cpu") -> PreTrainedModel:
     if gaps:
         raise RejectedError("AG-RCP-032", f"{gaps} of its tensors are missing or do not fit")
     find_family(model.config)
+    if not all(bool(torch.isfinite(value).all()) for value in model.parameters()):
+        raise RejectedError("AG-RCP-032", "its weights hold values that are not finite")
     return model.to(device).eval()
 
 
@@ -71,17 +74,32 @@ def load_tokenizer(directory: Path) -> Any:
 def state_digest(model: PreTrainedModel) -> str:
     """SHA-256 over everything that decides what a model computes.
 
-    Covers each tensor's name, type, shape and bytes, each block's cache slot, and the
-    configuration. Two models with one digest give bit-equal logits on one machine.
+    Covers each tensor's name, type, shape and bytes, each block's cache slot, what stands beside a
+    block, and the configuration. Two models with one digest give bit-equal logits on one machine.
     """
     whole = hashlib.sha256()
-    for name, value in sorted(model.state_dict(keep_vars=True).items()):
+
+    def add(name: str, value: torch.Tensor) -> None:
         whole.update(f"{name}:{value.dtype}:{tuple(value.shape)}\n".encode())
         flat = value.detach().contiguous().cpu().reshape(-1)
         whole.update(flat.view(torch.uint8).numpy().tobytes())
-    for index, block in enumerate(model_blocks(model)):
+
+    def add_slots(index: int, block: nn.Module) -> None:
         slots = [getattr(module, "layer_idx", None) for module in block.modules()]
         whole.update(f"{index}:{slots}\n".encode())
+
+    for name, value in sorted(model.state_dict(keep_vars=True).items()):
+        add(name, value)
+    for index, block in enumerate(model_blocks(model)):
+        add_slots(index, block)
+        for owner, side in sorted(sides_of(block).items()):
+            whole.update(f"{owner}:{side.dose}\n".encode())
+            for name in ("into", "shift", "back"):
+                add(name, getattr(side, name))
+            for number, beside in enumerate(side.blocks):
+                add_slots(number, beside)
+                for name, value in sorted(beside.state_dict().items()):
+                    add(name, value)
     whole.update(canonical.dumps(_describable(model.config.to_dict())))
     return whole.hexdigest()
 

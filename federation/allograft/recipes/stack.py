@@ -59,14 +59,14 @@ class Stack:
         """Put several attachments on the model, or none of them if one is refused.
 
         Raises:
-            RejectedError: As `attach`.
+            AllograftError: As `attach`.
         """
         done: list[str] = []
         try:
             for attachment in attachments:
                 self.attach(attachment)
                 done.append(attachment.attachment_id)
-        except RejectedError:
+        except BaseException:
             for key in done:
                 self.detach(key)
             raise
@@ -128,7 +128,7 @@ def starting_point(attachment: Attachment, model: PreTrainedModel) -> dict[str, 
     facts = attachment.facts
     if isinstance(facts, LoraFacts):
         return starting_tensors(attachment, model)
-    if not isinstance(facts, OrganFacts):
+    if not isinstance(facts, OrganFacts) or facts.replaces:
         return {}
     family = surgery.find_family(model.config)
     start = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,15 @@ class Windows:
 
     def __len__(self) -> int:
         return int(self.tokens.shape[0])
+
+    def choose(self, chosen: torch.Tensor) -> Windows:
+        """Some of the windows, by a mask or by numbers; `text_bytes` stays that of all text."""
+        return replace(
+            self,
+            tokens=self.tokens[chosen],
+            lengths=self.lengths[chosen],
+            documents=self.documents[chosen],
+        )
 
     def digest(self) -> str:
         """SHA-256 over all tokens, their lengths and whose they are."""
