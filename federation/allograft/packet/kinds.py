@@ -9,16 +9,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Literal
 
 from allograft.errors import RejectedError
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A kind of packet and its payload files, in the order in which they are sealed."""
+    """A kind of packet and its payload files, in the order in which they are sealed.
+
+    `binds` says what a recipient's model must share with the donor's: the base its weights were
+    trained on, or the tokenizer alone.
+    """
 
     name: str
     parts: tuple[str, ...]
+    binds: Literal["base", "tokenizer"] = "base"
 
 
 KINDS: MappingProxyType[str, Kind] = MappingProxyType(
@@ -27,6 +33,7 @@ KINDS: MappingProxyType[str, Kind] = MappingProxyType(
         for kind in (
             Kind("lora", ("adapter_model.safetensors",)),
             Kind("organ", ("organ.safetensors",)),
+            Kind("expert", ("expert.safetensors",), binds="tokenizer"),
         )
     }
 )

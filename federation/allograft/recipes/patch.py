@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from allograft.errors import RejectedError
 from allograft.recipes.blocks import has_insertions
+from allograft.recipes.mixture import has_experts
 
 _PATCHES = "allograft_patches"
 
@@ -87,7 +88,8 @@ def matrix_shape(module: nn.Module, transposed: bool) -> tuple[int, int]:
 
 def has_attachments(model: PreTrainedModel) -> bool:
     """Whether a model carries anything that an attachment put there."""
-    return has_insertions(model) or any(is_patched(module) for module in model.modules())
+    changed = has_insertions(model) or any(is_patched(module) for module in model.modules())
+    return changed or has_experts(model)
 
 
 def _write(weight: nn.Parameter, patches: _Patches) -> None:

@@ -19,7 +19,7 @@ from allograft.errors import RejectedError
 from allograft.recipes import blocks as surgery
 from allograft.recipes.attachment import attachment_digest
 from allograft.recipes.base import BUILT_IN_KINDS, Attachment, Handle, load_recipe
-from allograft.recipes.facts import OrganFacts
+from allograft.recipes.facts import ExpertFacts, OrganFacts
 
 
 class Stack:
@@ -117,11 +117,15 @@ def null_packet(attachment: Attachment, model: PreTrainedModel, seed: int) -> At
 
 
 def starting_point(attachment: Attachment, model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """What training began from: silenced copies for an organ, nothing for other kinds.
+    """What training began from: silenced copies for an organ, its base for an expert, else nothing.
 
-    A LoRA's A matrix does begin as noise, but as noise of a seed that only the donor knows.
+    A LoRA's A matrix does begin as noise, but as noise of a seed that only the donor knows. Of an
+    expert whose base is not here nothing is known, and its null is a model of random weights.
     """
     facts = attachment.facts
+    if isinstance(facts, ExpertFacts):
+        bases = {n: v for n, v in attachment.tensors.items() if n.startswith("base.")}
+        return bases | {n.replace("base.", "expert.", 1): v for n, v in bases.items()}
     if not isinstance(facts, OrganFacts):
         return {}
     family = surgery.find_family(model.config)
