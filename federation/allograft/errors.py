@@ -894,6 +894,10 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
             "the base has the same shape but another lineage",
             "Nothing can be done: a copied change does harm on an independently trained model.",
         ),
+        "AG-RCP-014": ErrorCode(
+            "the packet builds on a model that this site does not have",
+            "Add the donor's base with `allograft-site model add`, or ask for a whole expert.",
+        ),
         "AG-RCP-020": ErrorCode(
             "the model family is unknown, or its blocks depend on their position",
             "Use GPT-2, Llama, Qwen2, Qwen3, Mistral, Gemma 2 or Gemma 3 (text).",
@@ -930,6 +934,11 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
         "AG-RCP-029": ErrorCode(
             "a search over positions cannot use private data",
             "Fix the position in the plan; search for it beforehand on public text of the kind.",
+        ),
+        "AG-RCP-025": ErrorCode(
+            "models cannot be mixed in this way",
+            "Call the model with token ids, a mask of one row per text, and a cache that began "
+            "after the last attachment came or went.",
         ),
         "AG-RCP-030": ErrorCode(
             "the training text is empty or too small",

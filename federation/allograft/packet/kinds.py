@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Literal
 
 from allograft.errors import RejectedError
 from allograft.packet.tensors import PACKET_RULES, QUANTISED_RULES, Rules
@@ -21,11 +22,14 @@ class Kind:
     Attributes:
         parts: Its payload files, in the order in which they are sealed.
         rules: What its tensor files may carry.
+        binds: What a recipient's model must share with the donor's: the base that its weights were
+            trained on, or the tokenizer alone.
     """
 
     name: str
     parts: tuple[str, ...]
     rules: Rules = PACKET_RULES
+    binds: Literal["base", "tokenizer"] = "base"
 
 
 KINDS: MappingProxyType[str, Kind] = MappingProxyType(
@@ -35,6 +39,7 @@ KINDS: MappingProxyType[str, Kind] = MappingProxyType(
             Kind("lora", ("adapter_model.safetensors",)),
             Kind("organ", ("organ.safetensors",)),
             Kind("delta", ("delta.safetensors",), QUANTISED_RULES),
+            Kind("expert", ("expert.safetensors",), binds="tokenizer"),
         )
     }
 )

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 #: Kinds that ship with this package. A site's policy may allow more, by the name of an installed
 #: entry point; a packet can only choose among the allowed ones.
-BUILT_IN_KINDS = frozenset({"organ", "lora", "delta"})
+BUILT_IN_KINDS = frozenset({"organ", "lora", "delta", "expert"})
 
 #: Kinds that measurement has not borne out. No packet travels with one, and `load_recipe` refuses
 #: them unless the caller's own allow-list names them.
@@ -190,12 +190,14 @@ class ModelCard:
 
     `lineage_cosine` is the recipient's own comparison of its weights with the statement's sealed
     sketch; None means that nobody has compared yet, and then only an equal digest is accepted.
+    `bases` are the weights digests of all models at the site, for packets that name another one.
     """
 
     weights_digest: str
     tokenizer_digest: str
     shape: ModelShape
     lineage_cosine: float | None = None
+    bases: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,21 +217,29 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Payload:
-    """An opened, digest-checked payload directory with the facts from its statement."""
+    """An opened, digest-checked payload directory with the facts from its statement.
+
+    `base_digest` is the weights digest of the donor's base, for kinds that need that very model.
+    """
 
     kind: str
     packet_id: str
     directory: Path
     facts: Mapping[str, canonical.Json]
+    base_digest: str = ""
 
 
 @dataclass(frozen=True, slots=True)
 class Recipient:
-    """The model that `fit` prepares an attachment for."""
+    """The model that `fit` prepares an attachment for.
+
+    `bases` are directories of the site's models by weights digest.
+    """
 
     model: Any
     seed: int = 0
     probe: Windows | None = None  # the donor's public text, for stitching
+    bases: Mapping[str, Path] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -341,6 +351,30 @@ def check_base(statement: Declaration, facts: Facts, card: ModelCard) -> Verdict
         reason = f"same shape, other lineage (cosine {cosine:.3f} < {LINEAGE_COSINE})"
         return Verdict("refuse", reason, "AG-RCP-013", numbers)
     return Verdict("lineage", "a relative of the base it was made on", "", numbers, needs)
+
+
+def check_tokenizer(
+    statement: Declaration, facts: Facts, card: ModelCard, *, needs_base: bool
+) -> Verdict:
+    """The rule of kinds that run beside a model: one tokenizer, and the base if they name one.
+
+    Args:
+        statement: What the packet says about itself.
+        facts: Its facts; their shape is that of the donor's model.
+        card: The recipient's model.
+        needs_base: Whether the donor's base itself must be at the recipient's site.
+    """
+    digests = statement.tokenizer_digest, facts.shape.vocab
+    if digests != (card.tokenizer_digest, card.shape.vocab):
+        return Verdict("refuse", "the models differ in their tokenizer", "AG-RCP-011")
+    base = statement.base_weights_digest
+    if needs_base and base not in card.bases | {card.weights_digest}:
+        reason = f"this site has no model with the weights {base[:16]}"
+        return Verdict("refuse", reason, "AG-RCP-014")
+    # On its own base the same knowledge would cost less as a change of weights.
+    numbers = {"own_base": float(base == card.weights_digest)}
+    needs = ("validation_text", "retention_text")
+    return Verdict("behavioural", "works beside any model of this tokenizer", "", numbers, needs)
 
 
 def _difference(ours: ModelShape, theirs: ModelShape) -> str:

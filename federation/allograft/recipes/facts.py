@@ -16,7 +16,15 @@ from allograft.crypto import canonical
 from allograft.errors import RejectedError
 from allograft.packet.adapter import AdapterSettings, check_adapter_settings, read_adapter_settings
 from allograft.packet.delta import EMBEDDING, HEAD, DeltaLayout, read_delta_layout
-from allograft.recipes.base import Facts, ModelShape
+from allograft.recipes.base import (
+    Declaration,
+    Facts,
+    ModelCard,
+    ModelShape,
+    Verdict,
+    check_base,
+    check_tokenizer,
+)
 
 #: How a dose acts on an organ, by its mode; stated in the facts so that no reader has to guess.
 DOSE_RULES: Mapping[str, str] = {"insert": "residual-branches", "replace": "change"}
@@ -241,11 +249,129 @@ class DeltaFacts:
         )
 
 
+#: Everything of an expert's configuration that its shape does not say, and of which type it is. A
+#: configuration is rebuilt from these names alone; see `blueprint`.
+EXPERT_SETTINGS: Mapping[str, type] = {
+    "max_position_embeddings": int,
+    "query_pre_attn_scalar": int,
+    "rms_norm_eps": float,
+    "layer_norm_epsilon": float,
+    "attn_logit_softcapping": float,
+    "final_logit_softcapping": float,
+    "tie_word_embeddings": bool,
+    "attention_bias": bool,
+    "mlp_bias": bool,
+    "scale_attn_weights": bool,
+    "use_sliding_window": bool,
+    "hidden_act": str,
+    "hidden_activation": str,
+    "activation_function": str,
+}
+
+_ACTIVATIONS = frozenset({"silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "gelu_fast", "relu"})
+_MIXINGS = frozenset({"ensemble", "difference"})
+_MOST_BLOCKS = 512  # a model of more is no small expert, and building one costs time
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertFacts:
+    """What a recipient must know before it opens an expert.
+
+    Attributes:
+        shape: The donor's small base; of the expert itself where it is whole.
+        carrier: `whole`, or the kind of change that makes the base an expert.
+        mixing: How its words are weighed beside a recipient's; see `mixture`.
+        gate: Probability that its likeliest token must reach to be heard.
+        dtype: Element type of the payload.
+        settings: For a whole model, the rest of its configuration.
+        inner: For a change, the facts of its kind without shape and dtype.
+    """
+
+    shape: ModelShape
+    carrier: str
+    mixing: str
+    gate: float
+    dtype: str
+    settings: Mapping[str, canonical.Json]
+    inner: Mapping[str, canonical.Json]
+
+    def __post_init__(self) -> None:
+        if self.mixing not in _MIXINGS or self.dtype not in DTYPES or not 0 <= self.gate < 1:
+            raise RejectedError("AG-RCP-002", "the expert's mixing, gate or dtype is unknown")
+        if self.carrier == "whole":
+            self._check_settings()
+        elif self.settings:
+            raise RejectedError("AG-RCP-002", "a change of a base has no settings of its own")
+        else:
+            _ = self.change
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether a recipient must have the donor's base."""
+        return self.carrier != "whole" or self.mixing == "difference"
+
+    @property
+    def change(self) -> Facts:
+        """The facts of the change that makes the base an expert.
+
+        Raises:
+            RejectedError: AG-RCP-002 for an unknown carrier or a whole model.
+        """
+        reader = {"organ": OrganFacts.from_json, "lora": LoraFacts.from_json}.get(self.carrier)
+        if reader is None:
+            raise RejectedError("AG-RCP-002", "nothing known carries the expert")
+        shape: dict[str, canonical.Json] = {"shape": self.shape.to_json(), "dtype": self.dtype}
+        return reader({**self.inner, **shape})
+
+    def _check_settings(self) -> None:
+        for name, value in self.settings.items():
+            known = EXPERT_SETTINGS.get(name)
+            numeric = known is float and type(value) in {int, float}
+            if known is None or not (type(value) is known or numeric):
+                raise RejectedError("AG-RCP-002", "a setting of the expert is unknown")
+            fits = value in _ACTIVATIONS if known is str else 0 <= float(value) <= 1 << 30  # type: ignore[arg-type]
+            if not fits:
+                raise RejectedError("AG-RCP-002", f"the expert's {name} is out of range")
+        if self.inner or not 1 <= self.shape.layers <= _MOST_BLOCKS:
+            raise RejectedError("AG-RCP-002", "the expert is no model of a few blocks")
+
+    def to_json(self) -> dict[str, canonical.Json]:
+        """The facts as a JSON object."""
+        return {
+            "shape": self.shape.to_json(),
+            "carrier": self.carrier,
+            "mixing": self.mixing,
+            "gate": self.gate,
+            "dtype": self.dtype,
+            "settings": dict(self.settings),
+            "inner": dict(self.inner),
+        }
+
+    @classmethod
+    def from_json(cls, value: canonical.Json) -> ExpertFacts:
+        """Read and check the facts.
+
+        Raises:
+            RejectedError: AG-IN-003 if malformed, AG-RCP-002 if unknown or out of range.
+        """
+        fields = canonical.as_object(value, cls.__dataclass_fields__.keys())
+        return cls(
+            shape=ModelShape.from_json(fields["shape"]),
+            carrier=canonical.as_text(fields["carrier"]),
+            mixing=canonical.as_text(fields["mixing"]),
+            gate=canonical.as_number(fields["gate"]),
+            dtype=canonical.as_text(fields["dtype"]),
+            settings=canonical.as_mapping(fields["settings"]),
+            inner=canonical.as_mapping(fields["inner"]),
+        )
+
+
 #: How the facts of each kind are read.
 _READERS: Mapping[str, Callable[[canonical.Json], Facts]] = {
     "organ": OrganFacts.from_json,
     "lora": LoraFacts.from_json,
     "delta": DeltaFacts.from_json,
+    "expert": ExpertFacts.from_json,
 }
 
 
@@ -259,3 +385,15 @@ def read_facts(kind: str, value: canonical.Json) -> Facts:
     if read is None:
         raise RejectedError("AG-RCP-001", f"kind {kind[:40]!r} has no facts")
     return read(value)
+
+
+def check_statement(statement: Declaration, card: ModelCard) -> Verdict:
+    """Judge a packet of any kind against a model by its statement, without its recipe.
+
+    Raises:
+        RejectedError: As `read_facts`.
+    """
+    facts = read_facts(statement.kind, dict(statement.facts))
+    if isinstance(facts, ExpertFacts):
+        return check_tokenizer(statement, facts, card, needs_base=facts.needs_base)
+    return check_base(statement, facts, card)

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from allograft.errors import RejectedError
 from allograft.recipes.blocks import has_insertions
+from allograft.recipes.mixture import has_experts
 from allograft.recipes.shortage import memory_errors
 
 _PATCHES = "allograft_patches"
@@ -202,7 +203,8 @@ def make_dense(change: Change, original: torch.Tensor) -> torch.Tensor:
 
 def has_attachments(model: PreTrainedModel) -> bool:
     """Whether a model carries anything that an attachment put there."""
-    return has_insertions(model) or any(is_patched(module) for module in model.modules())
+    changed = has_insertions(model) or any(is_patched(module) for module in model.modules())
+    return changed or has_experts(model)
 
 
 def _find(module: nn.Module) -> dict[str, _Patches]:

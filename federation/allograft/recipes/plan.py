@@ -177,11 +177,59 @@ class DeltaPlan:
             )
 
 
+@dataclass(frozen=True, slots=True)
+class ExpertPlan:
+    """What carries an expert's knowledge, and how its words are weighed beside a recipient's.
+
+    Attributes:
+        carrier: `whole`: the base trained in full; its embeddings and head stay as they are,
+            because changed rows would tell which tokens the text holds. `organ` or `lora`: a change
+            of the base, for recipients that have the base too.
+        mixing: `ensemble` or `difference`; see `mixture`.
+        gate: Probability that the expert's likeliest token must reach to be heard; 0 always.
+        blocks: As in an organ's plan.
+        position: As in an organ's plan.
+        rank: As in a LoRA's plan.
+        alpha: As in a LoRA's plan.
+    """
+
+    carrier: str = "whole"
+    mixing: str = "ensemble"
+    gate: float = 0.0
+    blocks: int = 2
+    position: int | None = None
+    rank: int = 8
+    alpha: float = 16.0
+
+    def to_json(self) -> dict[str, canonical.Json]:
+        """The choices as a JSON object."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: canonical.Json) -> ExpertPlan:
+        """Read them.
+
+        Raises:
+            RejectedError: AG-IN-003 if malformed.
+        """
+        fields = canonical.as_object(value, cls.__dataclass_fields__.keys())
+        return cls(
+            carrier=canonical.as_text(fields["carrier"]),
+            mixing=canonical.as_text(fields["mixing"]),
+            gate=canonical.as_number(fields["gate"]),
+            blocks=canonical.as_int(fields["blocks"]),
+            position=_optional_int(fields["position"]),
+            rank=canonical.as_int(fields["rank"]),
+            alpha=canonical.as_number(fields["alpha"]),
+        )
+
+
 #: What each kind lets a donor choose.
 RECIPE_PLANS: Mapping[str, type[RecipePlan]] = {
     "organ": OrganPlan,
     "lora": LoraPlan,
     "delta": DeltaPlan,
+    "expert": ExpertPlan,
 }
 
 

@@ -20,7 +20,7 @@ from allograft.recipes import blocks as surgery
 from allograft.recipes.attachment import attachment_digest
 from allograft.recipes.base import BUILT_IN_KINDS, Attachment, Handle, load_recipe
 from allograft.recipes.delta import draw_noise
-from allograft.recipes.facts import DeltaFacts, LoraFacts, OrganFacts
+from allograft.recipes.facts import DeltaFacts, ExpertFacts, LoraFacts, OrganFacts
 from allograft.recipes.lora import starting_tensors
 
 
@@ -124,8 +124,15 @@ def null_packet(attachment: Attachment, model: PreTrainedModel, seed: int) -> At
 
 
 def starting_point(attachment: Attachment, model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """What training began from, where that is known and not zero: silenced copies for an organ."""
+    """What training began from, where that is known and not zero.
+
+    Silenced copies for an organ, its base for an expert. Of an expert whose base is not here
+    nothing is known, and its null is a model of random weights.
+    """
     facts = attachment.facts
+    if isinstance(facts, ExpertFacts):
+        bases = {n: v for n, v in attachment.tensors.items() if n.startswith("base.")}
+        return bases | {n.replace("base.", "expert.", 1): v for n, v in bases.items()}
     if isinstance(facts, LoraFacts):
         return starting_tensors(attachment, model)
     if not isinstance(facts, OrganFacts) or facts.replaces:
