@@ -987,6 +987,11 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
             "a screen report is malformed",
             "Run the trial again; reports are written by the screens only.",
         ),
+        "AG-EVA-006": ErrorCode(
+            "baselines are out of order, so nothing may be compared",
+            "Train longer or at other rates until full fine-tuning <= LoRA < zero-shot; figures "
+            "beside broken baselines say nothing.",
+        ),
         # --- AG-DEM: the demo ---
         "AG-DEM-001": ErrorCode(
             "a command of the demo failed",

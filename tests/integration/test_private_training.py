@@ -10,13 +10,13 @@ from dataclasses import asdict, replace
 import pytest
 
 from allograft.cli.demo import text as demo_text
-from allograft.cli.demo.shape import train_tokenizer
 from allograft.errors import RejectedError
 from allograft.privacy.canaries import CanaryPlan
 from allograft.privacy.dp import DpConstants
 from allograft.privacy.people import draw_people, read_people
 from allograft.privacy.thresholds import AuditThresholds
 from allograft.recipes.plan import LoopPlan, OrganPlan
+from allograft.recipes.shape import train_tokenizer
 from allograft_client import tasks
 from kit.tiny import tiny_model
 

@@ -14,12 +14,12 @@ from allograft.cli import shell
 from allograft.cli.demo import base as demo_base, text as demo_text
 from allograft.cli.demo.base import WorldOptions, check_own_files, make_world
 from allograft.cli.demo.processes import reporting
-from allograft.cli.demo.shape import train_tokenizer
 from allograft.cli.main import app
 from allograft.errors import RejectedError, UnavailableError
 from allograft.privacy.scan import scan_texts
 from allograft.recipes.blocks import describe_model
 from allograft.recipes.documents import drop_near_duplicates, read_documents
+from allograft.recipes.shape import train_tokenizer
 from allograft.recipes.snapshot import load_model, load_tokenizer, state_digest
 
 QUICK = WorldOptions(

@@ -9,7 +9,6 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from allograft.cli.demo.shape import train_tokenizer
 from allograft.errors import RejectedError
 from allograft.evaluate import trial as trials
 from allograft.evaluate.bootstrap import Resampling
@@ -27,6 +26,7 @@ from allograft.recipes.base import (
 from allograft.recipes.documents import Document
 from allograft.recipes.loop import train
 from allograft.recipes.plan import LoopPlan, OrganPlan
+from allograft.recipes.shape import train_tokenizer
 from allograft.recipes.snapshot import state_digest
 from allograft.recipes.windows import make_windows
 from kit.tiny import tiny_model

@@ -10,7 +10,6 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from allograft.cli.demo.shape import train_tokenizer
 from allograft.errors import RejectedError
 from allograft.evaluate.audit import AuditedPersons, Readings, judge, read_all
 from allograft.evaluate.loss import Scoring, measure, measure_tokens, predicted_tokens, prepare
@@ -41,6 +40,7 @@ from allograft.privacy.thresholds import AuditThresholds
 from allograft.recipes.documents import Document
 from allograft.recipes.loop import train
 from allograft.recipes.plan import LoopPlan
+from allograft.recipes.shape import train_tokenizer
 from allograft.recipes.windows import make_person_windows, make_windows
 from kit.tiny import FAMILIES, tiny_model
 

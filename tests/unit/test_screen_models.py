@@ -8,7 +8,6 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from allograft.cli.demo.shape import train_tokenizer
 from allograft.errors import RejectedError
 from allograft.evaluate.behaviour import TEMPLATES, screen_behaviour, watch_base
 from allograft.evaluate.screen import ScreenRules, Verdict, judge_spectrum
@@ -22,6 +21,7 @@ from allograft.recipes.base import (
     load_recipe,
 )
 from allograft.recipes.plan import LoopPlan, LoraPlan, OrganPlan
+from allograft.recipes.shape import train_tokenizer
 from allograft.recipes.snapshot import state_digest
 from allograft.recipes.windows import Windows
 from kit.tiny import tiny_model

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from allograft.cli.demo.shape import train_tokenizer
 from allograft.errors import RejectedError, UnavailableError
+from allograft.recipes.shape import train_tokenizer
 from allograft_client.runner import Runner
 from kit.tiny import write_model
 

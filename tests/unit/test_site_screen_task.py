@@ -7,7 +7,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
-from allograft.cli.demo.shape import train_tokenizer
 from allograft.evaluate.behaviour import TEMPLATES
 from allograft.evaluate.screen import ScreenReport
 from allograft.evaluate.spectrum import weigh_attachment
@@ -15,6 +14,7 @@ from allograft.provenance.ancestry import FILE_NAME
 from allograft.recipes.attachment import save_attachment
 from allograft.recipes.base import Donor, Payload, Plan, Recipient, load_recipe
 from allograft.recipes.plan import LoopPlan, LoraPlan
+from allograft.recipes.shape import train_tokenizer
 from allograft.recipes.snapshot import load_model
 from allograft_client import tasks
 from kit.tiny import tiny_model, tiny_windows

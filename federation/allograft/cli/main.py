@@ -22,6 +22,10 @@ _GROUPS = {
     "dossier": ("allograft.cli.dossier", "Read the privacy evidence of a packet."),
     "roster": ("allograft.cli.roster", "Keep the roster: enrol and revoke sites, publish."),
     "audit": ("allograft.cli.audit", "Verify an exported log offline, without trusting anyone."),
+    "evaluate": (
+        "allograft.cli.evaluate",
+        "Try recipes on kinds of models, beside controls.",
+    ),
     "demo": ("allograft.cli.demo.main", "Move one real packet between processes on this machine."),
 }
 

@@ -78,14 +78,45 @@ def paired_gain(before: Losses, after: Losses, plan: Resampling | None = None) -
     Raises:
         RejectedError: AG-EVA-001 if there is no document, AG-EVA-002 if a loss is not finite.
     """
-    plan = plan or Resampling()
     _check_pair(before, after)
-    saved = before.nats - after.nats
-    tokens = before.tokens.astype(np.float64)
-    drawn = _resample(saved, tokens, plan)
-    tail = (1.0 - plan.confidence) / 2.0
-    low, high = np.quantile(drawn, [tail, 1.0 - tail])
-    return Interval(float(saved.sum() / tokens.sum()), float(low), float(high))
+    return _ratio(before.nats - after.nats, before.tokens.astype(np.float64), plan)
+
+
+def paired_bits(before: Losses, after: Losses, plan: Resampling | None = None) -> Interval:
+    """How many bits per byte `after` saves: comparable across tokenizers; positive is better.
+
+    Args:
+        before: Loss without the change.
+        after: Loss of the same documents with it.
+        plan: Resamples, confidence and seed.
+
+    Raises:
+        RejectedError: As `paired_gain`.
+    """
+    _check_pair(before, after)
+    saved = (before.nats - after.nats) / np.log(2)
+    return _ratio(saved, before.text_bytes.astype(np.float64), plan)
+
+
+def paired_recovery(
+    before: Losses, after: Losses, oracle: Losses, plan: Resampling | None = None
+) -> Interval:
+    """What share of the oracle's gain `after` has; 1 is all of it, below 0 is harm.
+
+    The interval means little where the oracle's own gain is not certain.
+
+    Args:
+        before: Loss without any change.
+        after: Loss of the same documents with the change.
+        oracle: Loss of the same documents with the best that was possible.
+        plan: Resamples, confidence and seed.
+
+    Raises:
+        RejectedError: As `paired_gain`.
+    """
+    _check_pair(before, after)
+    _check_pair(before, oracle)
+    return _ratio(before.nats - after.nats, before.nats - oracle.nats, plan)
 
 
 def _check_pair(before: Losses, after: Losses) -> None:
@@ -97,14 +128,25 @@ def _check_pair(before: Losses, after: Losses) -> None:
         raise RejectedError("AG-EVA-002", "a document has a loss that is not a finite number")
 
 
+def _ratio(
+    effect: npt.NDArray[np.float64], weight: npt.NDArray[np.float64], plan: Resampling | None
+) -> Interval:
+    """A ratio of sums over documents, with its interval."""
+    plan = plan or Resampling()
+    drawn = _resample(effect, weight, plan)
+    tail = (1.0 - plan.confidence) / 2.0
+    low, high = np.quantile(drawn, [tail, 1.0 - tail])
+    return Interval(float(effect.sum() / weight.sum()), float(low), float(high))
+
+
 def _resample(
-    saved: npt.NDArray[np.float64], tokens: npt.NDArray[np.float64], plan: Resampling
+    effect: npt.NDArray[np.float64], weight: npt.NDArray[np.float64], plan: Resampling
 ) -> npt.NDArray[np.float64]:
     generator = np.random.Generator(np.random.PCG64(plan.seed))
-    count = len(saved)
+    count = len(effect)
     effects = []
     for start in range(0, plan.resamples, _BLOCK):
         size = min(_BLOCK, plan.resamples - start)
         drawn = generator.integers(0, count, size=(size, count))
-        effects.append(saved[drawn].sum(axis=1) / tokens[drawn].sum(axis=1))
+        effects.append(effect[drawn].sum(axis=1) / weight[drawn].sum(axis=1))
     return np.concatenate(effects)

@@ -25,8 +25,7 @@ from allograft.privacy.dossier import (
 from allograft.privacy.duties import DUTIES
 from allograft.privacy.modes import Mode
 from allograft.privacy.report import FullReport, Point
-
-_WIDTH, _HEIGHT, _MARGIN = 420, 220, 44
+from allograft.svg import Axes, Series, draw
 
 _STYLE = """
 body{font:15px/1.5 system-ui,sans-serif;color:#1b1f24}
@@ -38,7 +37,7 @@ td,th{border-bottom:1px solid #d5dae0;padding:.35rem .5rem;text-align:left;verti
 .PASS{color:#10622f}.FAIL,.INVALID{color:#9c1c1c}
 .note{color:#57606a;font-size:.9rem}code{font-size:.85em;overflow-wrap:anywhere}
 figure{margin:.6rem 0;display:inline-block;width:26rem;max-width:100%}figcaption{font-size:.88rem}
-svg{width:100%;height:auto}svg text{font:11px system-ui,sans-serif;fill:#57606a}
+svg{width:100%;height:auto}
 @media print{body{margin:0;max-width:none}h2{break-after:avoid}table,figure{break-inside:avoid}}
 """
 
@@ -321,33 +320,10 @@ def _plots(report: FullReport | None) -> list[str]:
 
 
 def _plot(points: Sequence[Point], x_label: str, y_label: str, caption: str) -> str:
-    """A line through some points, as SVG."""
-    right = max(point.x for point in points) or 1.0
-    top = max(point.y for point in points) or 1.0
-
-    def place(point: Point) -> str:
-        x = _MARGIN + (_WIDTH - 2 * _MARGIN) * point.x / right
-        y = _HEIGHT - _MARGIN - (_HEIGHT - 2 * _MARGIN) * max(0.0, point.y) / top
-        return f"{x:.1f},{y:.1f}"
-
-    line = " ".join(place(point) for point in points)
-    marks = "".join(
-        f'<circle cx="{x}" cy="{y}" r="3" fill="#0b5cad"/>'
-        for x, y in (place(point).split(",") for point in points if len(points) <= 40)
-    )
-    base, left = _HEIGHT - _MARGIN, _MARGIN
-    return (
-        f'<figure><svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" '
-        f'aria-label="{escape(y_label)} against {escape(x_label)}">'
-        f'<path d="M{left},{_MARGIN} V{base} H{_WIDTH - _MARGIN}" fill="none" stroke="#8c959f"/>'
-        f'<polyline points="{line}" fill="none" stroke="#0b5cad" stroke-width="2"/>{marks}'
-        f'<text x="{left - 4}" y="{_MARGIN + 4}" text-anchor="end">{top:.3g}</text>'
-        f'<text x="{left - 4}" y="{base}" text-anchor="end">0</text>'
-        f'<text x="{_WIDTH - _MARGIN}" y="{base + 16}" text-anchor="end">{right:.3g}</text>'
-        f'<text x="{_WIDTH // 2}" y="{base + 30}" text-anchor="middle">{escape(x_label)}</text>'
-        f'<text x="{left}" y="{_MARGIN - 12}">{escape(y_label)}</text>'
-        f"</svg><figcaption>{escape(caption)}</figcaption></figure>"
-    )
+    """A line through some points, with what it shows."""
+    line = Series([(point.x, max(0.0, point.y)) for point in points])
+    drawing = draw([line], Axes(x_label, y_label))
+    return f"<figure>{drawing}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
 def _approvals(evidence: Evidence) -> str:

@@ -19,10 +19,10 @@ from pathlib import Path
 
 from allograft.cli.demo import text as demo_text
 from allograft.cli.demo.processes import Reporter, reporting
-from allograft.cli.demo.shape import PretrainJob, write_shape
 from allograft.crypto import canonical
 from allograft.errors import RejectedError, UnavailableError
 from allograft.recipes.documents import drop_near_duplicates, read_documents
+from allograft.recipes.shape import PretrainJob, write_shape
 
 #: Distinct documents that a trial wants of each sort; see `evaluate.gate.GateRules`.
 _TRIAL_DOCUMENTS = 60
@@ -253,7 +253,7 @@ class _Maker:
     def _training(self, jobs: Sequence[PretrainJob]) -> Iterator[Reporter]:
         """Train models one after another in a process, which never outlives the block."""
         written = json.dumps([asdict(job) for job in jobs])
-        command = [sys.executable, "-m", "allograft.cli.demo.pretrain", written]
+        command = [sys.executable, "-m", "allograft.recipes.pretrain", written]
         with reporting(command, Path(jobs[0].out).with_suffix(".log")) as child:
             yield child
 

@@ -19,16 +19,15 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
-from allograft.cli.demo.shape import PretrainJob
 from allograft.errors import AllograftError
 from allograft.recipes.documents import Document, read_documents
 from allograft.recipes.loop import train
 from allograft.recipes.plan import LoopPlan, Step
+from allograft.recipes.shape import PretrainJob
 from allograft.recipes.snapshot import load_model, load_tokenizer
 from allograft.recipes.windows import make_windows
 
 _WINDOW = 128
-_BATCH_WINDOWS = 8  # small models learn more from many small steps
 
 #: Models above this size are further trained in their last blocks only, to stay within a demo.
 SMALL_PARAMETERS = 50_000_000
@@ -42,7 +41,11 @@ def run_job(job: PretrainJob, progress: Progress | None = None) -> None:
     torch.set_num_threads(job.threads)
     torch.manual_seed(job.seed)
     tokenizer = load_tokenizer(Path(job.start))
-    model = _fresh_model(job.start) if job.fresh else load_model(Path(job.start))
+    model = (
+        _fresh_model(job.start).to(job.device)
+        if job.fresh
+        else load_model(Path(job.start), job.device)
+    )
     if job.steps:
         _train_model(model, tokenizer, read_documents(Path(job.text)), job, progress)
     model.save_pretrained(job.out)
@@ -66,7 +69,7 @@ def _train_model(
     windows = make_windows(documents, tokenizer, _WINDOW, packed=True)
     plan = LoopPlan(
         steps=job.steps,
-        batch_windows=_BATCH_WINDOWS,
+        batch_windows=job.batch_windows,
         learning_rate=job.learning_rate,
         weight_decay=0.05,
         seed=job.seed,
