@@ -48,6 +48,9 @@ from allograft.recipes.snapshot import load_model
 
 PAYLOAD = "delta.safetensors"
 
+#: Most bytes of a tensor's entry in the header, beside its name; see packet.md, "Tensors".
+_ENTRY_BYTES = 88
+
 _INTEGERS = {"I8": torch.int8, "U8": torch.uint8}
 
 
@@ -390,9 +393,14 @@ def _write_delta(
         for target, change in changes.items()
         if change.ndim == 1
     }
-    spent = sum(value.numel() * value.element_size() for value in tensors.values())
     directions = {t: factors.decompose(each) for t, each in changes.items() if each.ndim == 2}
-    budget = max(1, plan.budget_bytes - spent) if plan.budget_bytes else 0
+    budget = 0
+    if plan.budget_bytes:
+        endings = ("int8", "scale") if plan.bits == 8 else ("int8", "int4", "scale")
+        names = [*tensors, *(f"{target}.{end}" for target in directions for end in endings)]
+        spent = sum(value.numel() * value.element_size() for value in tensors.values())
+        spent += sum(len(name) + _ENTRY_BYTES for name in names)
+        budget = max(1, plan.budget_bytes - spent)
     chosen = factors.allocate(directions, plan.bits, budget, plan.energy)
     if not any(sum(ranks) for ranks in chosen.values()):
         raise RejectedError("AG-RCP-035", "nothing changed, or the budget holds no direction")

@@ -101,7 +101,7 @@ def allocate(
 
 
 def direction_bytes(rows: int, columns: int, bits: int) -> int:
-    """What a direction takes in the payload, header aside."""
+    """What a direction takes in the payload."""
     return Integers(bits, rows + columns).row_bytes + _SCALE_BYTES
 
 
