@@ -17,6 +17,7 @@ from allograft.privacy.dp import DpConstants
 from allograft.privacy.modes import AdmittedMode, Mode, admit_mode, declare
 from allograft.privacy.plan import PrivacyPlan
 from allograft.recipes.plan import (
+    DeltaPlan,
     LoopPlan,
     RecipePlan,
     make_recipe_plan,
@@ -160,17 +161,25 @@ class DonationPlan:
             raise RejectedError("AG-IN-003", "the share of held-out persons is not between 0 and 1")
         self.loop().check()
         self.admitted()
+        self._check_delta()
+        if self.is_protected != bool(self.privacy_plan):
+            needs = "needs a signed privacy plan" if self.is_protected else "has no privacy plan"
+            raise RejectedError("AG-PRV-053", f"mode {self.mode} {needs}")
+        return self
+
+    def _check_delta(self) -> None:
         if (self.tuned or self.stage != "base") and self.kind != "delta":
             raise RejectedError("AG-RCP-035", "only a delta is made from snapshots")
         if self.stage != "base" and not self.tuned:
             raise RejectedError("AG-RCP-035", "a stage is that of a model from which --tuned came")
         if self.tuned and self.is_protected:
             # Nobody here saw that training: there is nothing to bound, and nobody to hold out.
-            raise RejectedError("AG-PRV-053", "a snapshot from elsewhere is for mode open only")
-        if self.is_protected != bool(self.privacy_plan):
-            needs = "needs a signed privacy plan" if self.is_protected else "has no privacy plan"
-            raise RejectedError("AG-PRV-053", f"mode {self.mode} {needs}")
-        return self
+            raise RejectedError("AG-RCP-035", "a snapshot from elsewhere is for mode open only")
+        if isinstance(self.recipe, DeltaPlan):
+            self.recipe.check()
+            if self.recipe.embeddings and self.mode == Mode.MEASURED:
+                # Which rows changed tells which words people used, and nothing bounds it.
+                raise RejectedError("AG-RCP-035", "mode measured has no embeddings learn")
 
     def loop(self) -> LoopPlan:
         """How to train."""

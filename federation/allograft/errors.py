@@ -939,7 +939,7 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
         ),
         "AG-RCP-035": ErrorCode(
             "a training plan is out of range",
-            "Check steps, batch size, learning rate and window length.",
+            "Check steps, batch size, learning rate, window length and the options of the kind.",
         ),
         # --- AG-EVA: evaluation, trial and gate at the recipient ---
         "AG-EVA-001": ErrorCode(

@@ -9,13 +9,19 @@ import torch
 
 from allograft.privacy import egress, gates, shapes
 from allograft.recipes.base import Donor, Payload, Plan, Recipient, load_recipe
-from allograft.recipes.plan import LoopPlan, LoraPlan, OrganPlan
+from allograft.recipes.plan import DeltaPlan, LoopPlan, LoraPlan, OrganPlan
 from allograft.recipes.snapshot import load_model
 from kit.tiny import tiny_model, tiny_windows
 
+CHOICES = {
+    "organ": OrganPlan(),
+    "lora": LoraPlan(rank=2),
+    "delta": DeltaPlan(vectors=True, embeddings=True),
+}
+
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
-@pytest.mark.parametrize("kind", ["organ", "lora"])
+@pytest.mark.parametrize("kind", ["organ", "lora", "delta"])
 @pytest.mark.parametrize("wire", ["bf16", "f32"])
 def test_an_extract_survives_the_way_out(tmp_path: Path, kind: str, family: str, wire: str) -> None:
     tiny_model(family).save_pretrained(tmp_path / "base")
@@ -23,8 +29,7 @@ def test_an_extract_survives_the_way_out(tmp_path: Path, kind: str, family: str,
     (tmp_path / "work").mkdir()
     (tmp_path / "payload").mkdir()
     recipe = load_recipe(kind)
-    choice = OrganPlan() if kind == "organ" else LoraPlan(rank=2)
-    plan = Plan(choice, LoopPlan(steps=2, batch_windows=2))
+    plan = Plan(CHOICES[kind], LoopPlan(steps=2, batch_windows=2))
     extract = recipe.extract(Donor(model, tiny_windows(), tmp_path / "work"), plan)
 
     facts = egress.with_wire_dtype(extract.facts.to_json(), wire)

@@ -118,7 +118,8 @@ class DeltaRecipe:
                 for target, value in parameters.items()
             }
         dtype = str(next(donor.model.parameters()).dtype).removeprefix("torch.")
-        made = _write_delta(changes, recipe, _Origin(shape, dtype), donor.workdir)
+        origin = _Origin(shape, dtype, device=str(donor.model.device))
+        made = _write_delta(changes, recipe, origin, donor.workdir)
         (donor.workdir / SNAPSHOT).unlink(missing_ok=True)
         return replace(made, report={**report, **made.report})
 
@@ -217,8 +218,8 @@ def extract_difference(
             for target, (module, name) in _chosen_places(before, plan).items()
         }
     origin = _Origin(shape, "float32", digest, stage)
-    made = _write_delta(changes, plan, origin, workdir)
     carried = sum(_squared(change) for change in changes.values())
+    made = _write_delta(changes, plan, origin, workdir)
     return replace(made, report={**made.report, "energy_in_reach": carried / whole})
 
 
@@ -268,6 +269,7 @@ class _Origin:
     dtype: str
     anchor: str = ""
     stage: str = BASE_STAGE
+    device: str = "cpu"  # where its changes are decomposed
 
 
 def _check_plan(plan: object) -> DeltaPlan:
@@ -289,11 +291,6 @@ def _chosen_places(model: PreTrainedModel, plan: DeltaPlan) -> dict[str, tuple[n
         for target, shape in _shapes(places).items()
         if (plan.embeddings if target in {EMBEDDING, HEAD} else len(shape) == 2 or plan.vectors)
     }
-
-
-def _facts_of(attachment: Attachment) -> DeltaFacts:
-    assert isinstance(attachment.facts, DeltaFacts)
-    return attachment.facts
 
 
 def _places(attachment: Attachment, model: PreTrainedModel) -> list[Place]:
@@ -393,7 +390,11 @@ def _write_delta(
         for target, change in changes.items()
         if change.ndim == 1
     }
-    directions = {t: factors.decompose(each) for t, each in changes.items() if each.ndim == 2}
+    directions = {
+        target: factors.decompose(change.to(origin.device))
+        for target, change in changes.items()
+        if change.ndim == 2
+    }
     budget = 0
     if plan.budget_bytes:
         endings = ("int8", "scale") if plan.bits == 8 else ("int8", "int4", "scale")
