@@ -197,7 +197,11 @@ class _Donation:
         work = self._directory / "work"
         work.mkdir(mode=0o700, exist_ok=True)
         started = now_text()
-        result = self._run("train", {"workdir": str(work), "plan": self._plan.training_json()})
+        extra: dict[str, Any] = {"workdir": str(work), "plan": self._plan.training_json()}
+        if self._plan.tuned:
+            base = model_base(self._model).weights_digest
+            extra |= {"tuned": self._plan.tuned, "base_digest": base, "stage": self._plan.stage}
+        result = self._run("train", extra)
         return {**result, "started": started, "finished": now_text()}
 
     def rebuild(self, extract: Mapping[str, Any]) -> dict[str, canonical.Json]:

@@ -226,7 +226,7 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
         # --- AG-PKT: packets, their files and their tensors ---
         "AG-PKT-001": ErrorCode(
             "a packet is of a kind that is not allowed",
-            "This version knows the kinds organ and lora; kinds are never loaded by name.",
+            "This version knows the kinds organ, lora and delta; kinds are never loaded by name.",
         ),
         "AG-PKT-002": ErrorCode(
             "a packet directory holds other files than its kind has",
@@ -964,7 +964,7 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
         ),
         "AG-RCP-035": ErrorCode(
             "a training plan is out of range",
-            "Check steps, batch size, learning rate and window length.",
+            "Check steps, batch size, learning rate, window length and the options of the kind.",
         ),
         # --- AG-EVA: evaluation, trial and gate at the recipient ---
         "AG-EVA-001": ErrorCode(

@@ -9,25 +9,23 @@ import torch
 
 from allograft.privacy import egress, gates, shapes
 from allograft.recipes.base import Donor, Payload, Plan, Recipient, load_recipe
-from allograft.recipes.plan import LoopPlan, LoraPlan, OrganPlan
+from allograft.recipes.plan import DeltaPlan, LoopPlan, LoraPlan, OrganPlan, RecipePlan
 from allograft.recipes.snapshot import load_model
 from kit.tiny import tiny_model, tiny_windows
 
+EXTRACTS: dict[str, tuple[str, RecipePlan]] = {
+    "insert": ("organ", OrganPlan()),
+    "replace": ("organ", OrganPlan(1, mode="replace")),
+    "lora": ("lora", LoraPlan(rank=2)),
+    "delta": ("delta", DeltaPlan(vectors=True, embeddings=True)),
+}
+
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
-@pytest.mark.parametrize(
-    ("kind", "choice"),
-    [
-        ("organ", OrganPlan()),
-        ("organ", OrganPlan(1, mode="replace")),
-        ("lora", LoraPlan(rank=2)),
-    ],
-    ids=["insert", "replace", "lora"],
-)
+@pytest.mark.parametrize("made", EXTRACTS)
 @pytest.mark.parametrize("wire", ["bf16", "f32"])
-def test_an_extract_survives_the_way_out(
-    tmp_path: Path, kind: str, choice: OrganPlan | LoraPlan, family: str, wire: str
-) -> None:
+def test_an_extract_survives_the_way_out(tmp_path: Path, made: str, family: str, wire: str) -> None:
+    kind, choice = EXTRACTS[made]
     tiny_model(family).save_pretrained(tmp_path / "base")
     model = load_model(tmp_path / "base")
     (tmp_path / "work").mkdir()

@@ -46,11 +46,6 @@ class Integers:
         return "I8" if self.bits == 8 else "U8"
 
     @property
-    def largest(self) -> int:
-        """The largest element of the file, in the type it has there."""
-        return 127 if self.bits == 8 else 255
-
-    @property
     def row_bytes(self) -> int:
         """Bytes of a row."""
         return -(-self.width * self.bits // 8)

@@ -65,7 +65,8 @@ class AllowedTensor:
 
     Attributes:
         shape: Its only shape.
-        max_rms: Largest root mean square of its values; see `shapes`.
+        max_rms: Largest root mean square of its values; see `shapes`. Integers have bounds of their
+            own.
         integers: Their form, if it holds whole numbers; the wire's format is for all others.
     """
 
@@ -106,21 +107,19 @@ def rebuild_file(
     with source.open("rb") as handle, storage_errors(target.name), ExitStack() as stack:
         table = read_table(handle, LOCAL_RULES)
         _check_allowed(table, allowed)
-        whole = {e.name: allowed[e.name].integers for e in table.entries}
-        dtypes = [form.dtype if form else dtype for form in whole.values()]
-        sizes = [
-            _elements(entry) * DTYPE_BYTES[to]
-            for entry, to in zip(table.entries, dtypes, strict=True)
-        ]
+        forms = [allowed[entry.name].integers for entry in table.entries]
+        dtypes = [form.dtype if form else dtype for form in forms]
+        sizes = [_elements(e) * DTYPE_BYTES[d] for e, d in zip(table.entries, dtypes, strict=True)]
         scratch = _map_scratch(stack, target.parent, sum(sizes))
         tensors: dict[str, RawTensor] = {}
         start = 0
-        for entry, to, size in zip(table.entries, dtypes, sizes, strict=True):
+        for entry, form, size in zip(table.entries, forms, sizes, strict=True):
             view = stack.enter_context(scratch[start : start + size])
-            if form := whole[entry.name]:
+            if form:
                 _copy_integers(handle, entry, view, form)
             else:
                 _convert(handle, entry, view, wire_dtype, random_bytes)
+            to = form.dtype if form else dtype
             tensors[entry.name] = RawTensor(to, entry.shape, view)
             start += size
         with durable_file(target) as sink:

@@ -199,7 +199,7 @@ def delta_tensors(base: BaseTensors, facts: Mapping[str, canonical.Json]) -> All
     return {
         name: AllowedTensor(
             tensor.shape,
-            tensor.integers.largest if tensor.integers else ceilings[tensor.target],
+            math.inf if tensor.integers else ceilings[tensor.target],
             tensor.integers,
         )
         for name, tensor in tensors.items()

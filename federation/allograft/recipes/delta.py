@@ -48,6 +48,9 @@ from allograft.recipes.snapshot import load_model
 
 PAYLOAD = "delta.safetensors"
 
+#: Most bytes of a tensor's entry in the header, beside its name; see packet.md, "Tensors".
+_ENTRY_BYTES = 88
+
 _INTEGERS = {"I8": torch.int8, "U8": torch.uint8}
 
 
@@ -116,7 +119,8 @@ class DeltaRecipe:
                 for target, value in parameters.items()
             }
         dtype = str(next(donor.model.parameters()).dtype).removeprefix("torch.")
-        made = _write_delta(changes, recipe, _Origin(shape, dtype), donor.workdir)
+        origin = _Origin(shape, dtype, device=str(donor.model.device))
+        made = _write_delta(changes, recipe, origin, donor.workdir)
         (donor.workdir / SNAPSHOT).unlink(missing_ok=True)
         return replace(made, report={**report, **made.report})
 
@@ -215,8 +219,8 @@ def extract_difference(
             for target, (module, name) in _chosen_places(before, plan).items()
         }
     origin = _Origin(shape, "float32", digest, stage)
-    made = _write_delta(changes, plan, origin, workdir)
     carried = sum(_squared(change) for change in changes.values())
+    made = _write_delta(changes, plan, origin, workdir)
     return replace(made, report={**made.report, "energy_in_reach": carried / whole})
 
 
@@ -266,6 +270,7 @@ class _Origin:
     dtype: str
     anchor: str = ""
     stage: str = BASE_STAGE
+    device: str = "cpu"  # where its changes are decomposed
 
 
 def _check_plan(plan: object) -> DeltaPlan:
@@ -287,11 +292,6 @@ def _chosen_places(model: PreTrainedModel, plan: DeltaPlan) -> dict[str, tuple[n
         for target, shape in _shapes(places).items()
         if (plan.embeddings if target in {EMBEDDING, HEAD} else len(shape) == 2 or plan.vectors)
     }
-
-
-def _facts_of(attachment: Attachment) -> DeltaFacts:
-    assert isinstance(attachment.facts, DeltaFacts)
-    return attachment.facts
 
 
 def _places(attachment: Attachment, model: PreTrainedModel) -> list[Place]:
@@ -391,9 +391,18 @@ def _write_delta(
         for target, change in changes.items()
         if change.ndim == 1
     }
-    spent = sum(value.numel() * value.element_size() for value in tensors.values())
-    directions = {t: factors.decompose(each) for t, each in changes.items() if each.ndim == 2}
-    budget = max(1, plan.budget_bytes - spent) if plan.budget_bytes else 0
+    directions = {
+        target: factors.decompose(change.to(origin.device))
+        for target, change in changes.items()
+        if change.ndim == 2
+    }
+    budget = 0
+    if plan.budget_bytes:
+        endings = ("int8", "scale") if plan.bits == 8 else ("int8", "int4", "scale")
+        names = [*tensors, *(f"{target}.{end}" for target in directions for end in endings)]
+        spent = sum(value.numel() * value.element_size() for value in tensors.values())
+        spent += sum(len(name) + _ENTRY_BYTES for name in names)
+        budget = max(1, plan.budget_bytes - spent)
     chosen = factors.allocate(directions, plan.bits, budget, plan.energy)
     if not any(sum(ranks) for ranks in chosen.values()):
         raise RejectedError("AG-RCP-035", "nothing changed, or the budget holds no direction")

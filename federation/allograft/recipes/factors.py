@@ -48,15 +48,18 @@ class Directions:
 def decompose(change: torch.Tensor) -> Directions:
     """The directions of a matrix [rows, columns], as many as could be worth their bytes.
 
-    More would take more numbers than the matrix itself has.
+    More would take more numbers than the matrix itself has. Computed where the matrix is; the
+    result is on the CPU.
     """
     left, values, right = torch.linalg.svd(change.to(torch.float32), full_matrices=False)
     rows, columns = change.shape
     most = min(len(values), -(-rows * columns // (rows + columns)))
     energy = float((values.double() ** 2).sum())
     # Copies, so that the rest of the decomposition can be freed.
-    kept = left.T[:most].contiguous(), values[:most].clone(), right[:most].clone()
-    return Directions(*kept, energy)
+    left, values, right = (
+        part[:most].contiguous().to("cpu", copy=True) for part in (left.T, values, right)
+    )
+    return Directions(left, values, right, energy)
 
 
 def allocate(
@@ -101,7 +104,7 @@ def allocate(
 
 
 def direction_bytes(rows: int, columns: int, bits: int) -> int:
-    """What a direction takes in the payload, header aside."""
+    """What a direction takes in the payload."""
     return Integers(bits, rows + columns).row_bytes + _SCALE_BYTES
 
 

@@ -131,7 +131,7 @@ class DeltaPlan:
 
     Attributes:
         bits: 8, or 4 with 8 for leading directions.
-        budget_bytes: Most bytes of the payload's tensors; 0 lets `energy` decide.
+        budget_bytes: Most bytes of the payload; 0 lets `energy` decide.
         energy: Share of the change's squared norm that is kept without a budget.
         vectors: Gains and biases of the blocks learn too.
         embeddings: Embedding and head learn too. Their changed rows tell which tokens the text
