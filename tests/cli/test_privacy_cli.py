@@ -24,7 +24,7 @@ from allograft.privacy.ledger import (
 )
 from allograft.privacy.report import Exposed, FullReport
 from allograft.provenance.statement import Architecture, BaseModel, write_base
-from allograft.recipes.plan import LoraPlan
+from allograft.recipes.plan import LoraPlan, OrganPlan
 from allograft_client import main_privacy
 from allograft_client.budget import Budget
 from allograft_client.membership import create_site, join_consortium, read_invitation
@@ -501,3 +501,10 @@ def test_a_key_is_kept_before_it_signs(state, capsys, monkeypatch) -> None:
         with pytest.raises(KeyboardInterrupt):
             Budget(open_state(state)).open_domain(DomainOpened("x", 8.0, 1e-6, 4, "data-owner"))
     assert len(keystore.read_verify_keys(state / "keys" / "signing.public")) == 1
+
+
+def test_a_position_search_on_private_data_is_refused() -> None:
+    search = OrganPlan(search_steps=5)
+    asked = DonationPlan("notes", "organ", Path(), "measured", "", "", "letters", search)
+    with pytest.raises(RejectedError, match="AG-RCP-029"):
+        replace(asked, privacy_plan="ab" * 16).check()

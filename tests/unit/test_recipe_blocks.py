@@ -165,6 +165,26 @@ def test_dose_scales_both_residual_branches(family: str) -> None:
     assert all(torch.equal(v, full[n]) for n, v in block.named_parameters())
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_dosed_block_is_the_block_with_both_branches_gated(family: str) -> None:
+    """An explicit gate h + dose * branch(h), whatever norm stands in the branch."""
+    model = tiny_model(family)
+    layout = blocks.find_family(model.config)
+    (block,) = shaken(model, 1, 1)
+    full = {name: value.detach().clone() for name, value in block.named_parameters()}
+    blocks.insert_blocks(model, [block], 1, 2, "organ-a")
+    hooks = [
+        block.get_submodule(branch).register_forward_hook(lambda _m, _i, output: 0.3 * output)
+        for branch in layout.branches
+    ]
+    gated = logits_of(model)
+    for hook in hooks:
+        hook.remove()
+    assert not torch.allclose(logits_of(model), gated, rtol=1e-3, atol=1e-3)
+    blocks.write_dose(layout, block, full, 0.3)
+    torch.testing.assert_close(logits_of(model), gated, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
 def test_scaling_projections_would_do_nothing_on_gemma(family: str) -> None:
     model = tiny_model(family)

@@ -90,7 +90,7 @@ def test_peft_loads_the_exported_directory_with_equal_logits(
     assert not torch.allclose(theirs, logits_of(tiny_model(family)), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "qwen3", "gemma3_text"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_lora_lands_on_the_same_blocks_after_an_organ_was_inserted(
     family: str, tmp_path: Path
 ) -> None:

@@ -444,14 +444,15 @@ def test_interrupted_run_keeps_the_position_that_its_search_found(tmp_path: Path
         raise InterruptedError
 
     model, plan = tiny_model("llama"), OrganPlan(1, search_steps=2)
+    loop = replace(LOOP, snapshot_s=0.0)
     digest = state_digest(model)
     with pytest.raises(InterruptedError):
-        extract(model, tmp_path, plan, replace(LOOP, snapshot_s=0.0), progress=stop)
+        extract(model, tmp_path, plan, loop, progress=stop)
     assert state_digest(model) == digest
     kept = json.loads((tmp_path / "search.json").read_text())
     kept["position"] = 1 if kept["position"] != 1 else 2
     (tmp_path / "search.json").write_bytes(canonical.dumps(kept))
-    assert extract(model, tmp_path, plan).facts.position == kept["position"]
+    assert extract(model, tmp_path, plan, loop).facts.position == kept["position"]
 
 
 def test_refuses_a_search_on_private_data(tmp_path: Path) -> None:

@@ -10,10 +10,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from allograft.errors import RejectedError, UnavailableError
 from allograft.recipes.shape import train_tokenizer
 from allograft_client.runner import Runner
+from allograft_client.tasks import perform
 from kit.tiny import write_model
 
 DEADLINE_S = 60.0
@@ -141,3 +143,20 @@ def test_stopping_ends_the_present_task_and_refuses_the_next(directory, task, tm
     assert runner._server.poll() is not None
     with pytest.raises(UnavailableError, match="stopping"):
         runner.run("late", task, lambda _: None)
+
+
+def test_refuses_a_base_that_was_edited_after_its_digest_was_taken(tmp_path: Path) -> None:
+    model = write_model(tmp_path / "model")
+    train_tokenizer(["a note"], 300).save(str(tmp_path / "model" / "tokenizer.json"))
+    own = tmp_path / "own.txt"
+    own.write_text("One note.\n\nAnother note.\n", "utf-8")
+    added = perform(describe(tmp_path / "model", own), lambda _: None)
+    task = {"task": "train", "model": str(tmp_path / "model"), "device": "cpu"}
+    task["base_digest"] = added["base"]["weights_digest"]
+    with pytest.raises(KeyError):  # the base is the one that was added: on to the training text
+        perform(task, lambda _: None)
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0].add_(0.5)
+    model.save_pretrained(tmp_path / "model")
+    with pytest.raises(RejectedError, match="AG-RCP-028"):
+        perform(task, lambda _: None)
