@@ -44,7 +44,7 @@ def donate(
     privacy_plan: Annotated[
         str, typer.Option("--plan", help="Modes strict and measured: the signed privacy plan.")
     ] = "",
-    recipe: Annotated[str, typer.Option(help="`organ` or `lora`.")] = "organ",
+    recipe: Annotated[str, typer.Option(help="`organ`, `lora` or `expert`.")] = "organ",
     mode: Annotated[str, typer.Option(help="Privacy mode: open, measured or strict.")] = "open",
     language: Annotated[str, typer.Option(help="Language of the text.")] = "en",
     purpose: Annotated[str, typer.Option(help="What recipients may use it for.")] = (
@@ -68,6 +68,17 @@ def donate(
     position: Annotated[int | None, typer.Option(min=0, help="Organ: where they go.")] = None,
     rank: Annotated[int, typer.Option(min=1, help="LoRA: rank.")] = 8,
     alpha: Annotated[float, typer.Option(help="LoRA: scale.")] = 16.0,
+    carrier: Annotated[
+        str,
+        typer.Option(help="Expert: a `whole` small model, or an `organ` or `lora` on its base."),
+    ] = "whole",
+    mixing: Annotated[
+        str,
+        typer.Option(help="Expert: mixed in as an `ensemble`, or as a `difference` to its base."),
+    ] = "ensemble",
+    gate: Annotated[
+        float, typer.Option(help="Expert: unheard below this probability of its likeliest token.")
+    ] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of split and training.")] = 0,
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Less memory, a third more time.")
@@ -105,7 +116,16 @@ def donate(
         seed=seed,
         window_tokens=window,
         checkpointing=checkpointing,
-        recipe=make_recipe_plan(recipe, blocks=blocks, position=position, rank=rank, alpha=alpha),
+        recipe=make_recipe_plan(
+            recipe,
+            blocks=blocks,
+            position=position,
+            rank=rank,
+            alpha=alpha,
+            carrier=carrier,
+            mixing=mixing,
+            gate=gate,
+        ),
         privacy_plan=privacy_plan,
     )
     if privacy_plan:

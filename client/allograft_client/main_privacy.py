@@ -55,7 +55,7 @@ _STRENGTH = (
 def new(
     model: Annotated[str, typer.Option(help="Model of this site to train on.")],
     domain: Annotated[str, typer.Option(help="Whose data: a domain of the ledger.")],
-    kind: Annotated[str, typer.Option(help="Kind of packet: organ or lora.")] = "lora",
+    kind: Annotated[str, typer.Option(help="Kind of packet: organ, lora or expert.")] = "lora",
     mode: Annotated[str, typer.Option(help="strict, or measured without formal bound.")] = "strict",
     target_epsilon: Annotated[
         float | None, typer.Option(help="Epsilon this run may cost; fixes the noise.")
@@ -79,6 +79,17 @@ def new(
     position: Annotated[int | None, typer.Option(min=0, help="Organ: where they go.")] = None,
     rank: Annotated[int, typer.Option(min=1, help="LoRA: rank.")] = 8,
     alpha: Annotated[float, typer.Option(help="LoRA: scale.")] = 16.0,
+    carrier: Annotated[
+        str,
+        typer.Option(help="Expert: a `whole` small model, or an `organ` or `lora` on its base."),
+    ] = "whole",
+    mixing: Annotated[
+        str,
+        typer.Option(help="Expert: mixed in as an `ensemble`, or as a `difference` to its base."),
+    ] = "ensemble",
+    gate: Annotated[
+        float, typer.Option(help="Expert: unheard below this probability of its likeliest token.")
+    ] = 0.0,
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Less memory, a third more time.")
     ] = False,
@@ -124,7 +135,16 @@ def new(
         batch_windows=batch,
         learning_rate=learning_rate,
         window_tokens=window,
-        recipe=make_recipe_plan(kind, blocks=blocks, position=position, rank=rank, alpha=alpha),
+        recipe=make_recipe_plan(
+            kind,
+            blocks=blocks,
+            position=position,
+            rank=rank,
+            alpha=alpha,
+            carrier=carrier,
+            mixing=mixing,
+            gate=gate,
+        ),
         checkpointing=checkpointing,
         holdout=holdout,
         person_field=person_field,

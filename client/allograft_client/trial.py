@@ -39,7 +39,7 @@ from allograft_client.screens import (
     show_screen,
     spectrum_facts,
 )
-from allograft_client.site import Site, model_base
+from allograft_client.site import Site, model_base, model_paths
 
 #: Codes that speak about the packet or its donor. All others name something that this site can
 #: repair (its text, its model, its policy file, a late roster), so the packet waits for that.
@@ -116,6 +116,7 @@ def try_packet(
         trial=figures,
         tried_on=run.conditions,
         report=run.result["report"],
+        fit=run.result["fit"],
         trial_network=run.result["network"],
     )
     if decision.outcome is not Outcome.KEEP:
@@ -169,6 +170,8 @@ def _run_trial(site: Site, row: PacketRow, tell: Progress, despite_alarm: bool) 
         "kind": statement.kind,
         "payload": str(payload),
         "facts": dict(statement.facts),
+        "base_digest": statement.base.weights_digest,
+        "bases": model_paths(site),
         "packet_id": row.packet_id,
         "data": str(model.data),
         "retention": str(model.retention),

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from allograft.evaluate.screen import ModuleFigures
 from allograft.recipes.base import Attachment
-from allograft.recipes.facts import LoraFacts, OrganFacts
+from allograft.recipes.facts import ExpertFacts, LoraFacts, OrganFacts
 from allograft.recipes.stack import starting_point
 
 _LEADING = 16  # singular values that are computed; the rest is known by its sum only
@@ -29,6 +29,7 @@ _ROWS = 256  # rows of a dense change that are squared at a time
 _ENTRIES = 1 << 16  # entries of B A that its kurtosis is estimated from
 
 _LORA_A = re.compile(r"\.\d+\.(?P<name>.+)\.lora_A\.weight$")
+_EXPERT = re.compile(r"^expert\..*\.\d+\.(?P<name>.+)$")
 _ORGAN = re.compile(r"^blocks\.\d+\.(?P<name>.+)$")
 
 
@@ -43,7 +44,7 @@ def weigh_attachment(
         seed: Of the random projections and the sampled entries.
 
     Returns:
-        Nothing for kinds that are neither an organ nor a LoRA.
+        Nothing for other kinds, and for experts whose base is not here.
     """
     found: dict[str, ModuleFigures] = {}
     generator = torch.Generator().manual_seed(seed)
@@ -61,6 +62,14 @@ def _modules(
             if match := _LORA_A.search(name):
                 b = attachment.tensors[name.replace(".lora_A.", ".lora_B.")]
                 yield match["name"], _weigh_factors(a, b, facts.alpha / facts.rank, generator)
+    elif isinstance(facts, ExpertFacts):
+        # Without its base, what was learnt cannot be told from what was there before.
+        start = starting_point(attachment, model)
+        for name, value in sorted(attachment.tensors.items()):
+            match = _EXPERT.match(name)
+            if match and name in start:
+                change = value.float() - start[name].float()
+                yield match["name"], _weigh_matrix(change.reshape(len(change), -1), generator)
     elif isinstance(facts, OrganFacts):
         start = starting_point(attachment, model)
         for name, value in sorted(attachment.tensors.items()):

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from allograft.crypto import canonical
@@ -23,6 +24,10 @@ from allograft.recipes.facts import EXPERT_SETTINGS, ExpertFacts
 
 #: Beginning and end marks, which transformers would otherwise take from the family's own tokenizer.
 _MARKS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+_NO_CONFIG = (
+    StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError,
+)  # fmt: skip
 
 
 def read_settings(config: Any) -> dict[str, canonical.Json]:
@@ -65,7 +70,7 @@ def build_config(facts: ExpertFacts) -> Any:
         )
         described = surgery.describe_model(config)
     # Whatever a library makes of numbers from outside, they describe no model.
-    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
+    except _NO_CONFIG as error:
         raise RejectedError("AG-RCP-002", f"not a configuration: {type(error).__name__}") from error
     if described != shape:
         raise RejectedError("AG-RCP-002", "the settings contradict the expert's shape")
@@ -77,7 +82,7 @@ def tensor_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, TypeError, KeyError, RuntimeError, ArithmeticError) as error:
+    except (*_NO_CONFIG, RuntimeError) as error:
         raise RejectedError("AG-RCP-002", f"not a model: {type(error).__name__}") from error
     return {name: tuple(value.shape) for name, value in own_parameters(model).items()}
 
@@ -119,10 +124,13 @@ def describe_whole(model: PreTrainedModel) -> tuple[ModelShape, dict[str, canoni
     tensors = {name: value.detach().to("cpu") for name, value in own_parameters(model).items()}
     config = build_config(facts)
     if tensor_shapes(config) != {name: tuple(value.shape) for name, value in tensors.items()}:
-        raise RejectedError("AG-RCP-020", "the model holds weights that its shape does not call for")
+        raise RejectedError(
+            "AG-RCP-020", "the model holds weights that its shape does not call for"
+        )
     config._attn_implementation = model.config._attn_implementation
     twin = build_model(config, tensors).to(model.device)
-    ids = torch.arange(min(shape.vocab, 32), device=model.device)[None]
+    length = min(shape.vocab, config.max_position_embeddings, 32)
+    ids = torch.arange(length, device=model.device)[None]
     with torch.no_grad():
         ours = model(input_ids=ids, use_cache=False).logits
         theirs = twin(input_ids=ids, use_cache=False).logits

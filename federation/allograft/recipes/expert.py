@@ -20,7 +20,6 @@ import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -41,9 +40,9 @@ from allograft.recipes.base import (
     ModelCard,
     Payload,
     Plan,
-    Recipe,
     Recipient,
     Verdict,
+    load_recipe,
 )
 from allograft.recipes.blueprint import (
     build_config,
@@ -54,9 +53,7 @@ from allograft.recipes.blueprint import (
 )
 from allograft.recipes.facts import ExpertFacts, check_statement
 from allograft.recipes.loop import SNAPSHOT, train
-from allograft.recipes.lora import LoraRecipe
 from allograft.recipes.mixture import Expert, add_expert, remove_expert, set_expert_dose
-from allograft.recipes.organ import OrganRecipe
 from allograft.recipes.patch import has_attachments
 from allograft.recipes.plan import ExpertPlan, LoopPlan, LoraPlan, OrganPlan
 from allograft.recipes.snapshot import load_model
@@ -105,17 +102,15 @@ class ExpertRecipe:
             raise RejectedError("AG-RCP-022", "an expert is trained from a plain model")
         if choices.carrier == "whole":
             return _extract_whole(donor, plan, choices)
-        recipe, inner = _change_plan(choices)
-        made = recipe.extract(donor, replace(plan, recipe=inner))
+        inner = _change_plan(choices)
+        made = load_recipe(choices.carrier).extract(donor, replace(plan, recipe=inner))
         (file,) = made.files
         os.replace(file, donor.workdir / PAYLOAD)
         fields = made.facts.to_json()
         dtype = canonical.as_text(fields.pop("dtype"))
         shape = made.facts.shape
         del fields["shape"]
-        facts = ExpertFacts(
-            shape, choices.carrier, choices.mixing, choices.gate, dtype, {}, fields
-        )
+        facts = ExpertFacts(shape, choices.carrier, choices.mixing, choices.gate, dtype, {}, fields)
         return Extract(self.kind, (donor.workdir / PAYLOAD,), facts, made.report)
 
     def check(self, statement: Declaration, model_card: ModelCard) -> Verdict:
@@ -159,7 +154,7 @@ class ExpertRecipe:
             raise RejectedError("AG-RCP-011", "the expert was made with another vocabulary")
         config = build_config(facts)
         expert, base = (
-            build_model(config, found).to(model.device)  # type: ignore[arg-type]
+            build_model(config, found).to(model.device)
             if (found := _unnamed(prefix, attachment.tensors))
             and (prefix == _EXPERT or facts.mixing == "difference")
             else None
@@ -213,11 +208,11 @@ def measure_cost(attachment: Attachment, model: PreTrainedModel) -> float:
     return statistics.median(ratios)
 
 
-def _change_plan(choices: ExpertPlan) -> tuple[Recipe, OrganPlan | LoraPlan]:
+def _change_plan(choices: ExpertPlan) -> OrganPlan | LoraPlan:
     if choices.carrier == "organ":
-        return OrganRecipe(), OrganPlan(choices.blocks, position=choices.position)
+        return OrganPlan(choices.blocks, position=choices.position)
     if choices.carrier == "lora":
-        return LoraRecipe(), LoraPlan(choices.rank, choices.alpha)
+        return LoraPlan(choices.rank, choices.alpha)
     raise RejectedError("AG-RCP-035", "an expert is carried by whole, organ or lora")
 
 
@@ -264,7 +259,11 @@ def _learning(
     """A copy of a model in full precision, and what of it learns: all but embeddings and head."""
     twin = copy.deepcopy(model).float().eval().requires_grad_(False)
     tables = [m for m in twin.modules() if isinstance(m, nn.Embedding)]
-    still = {id(value) for table in (*tables, twin.get_output_embeddings()) for value in table.parameters()}
+    still = {
+        id(value)
+        for table in (*tables, twin.get_output_embeddings())
+        for value in table.parameters()
+    }
     parameters = {n: p for n, p in own_parameters(twin).items() if id(p) not in still}
     for value in parameters.values():
         value.requires_grad_(True)
@@ -295,7 +294,7 @@ def _make_whole(
     The latter are the base's own, with silent blocks where an organ was inserted, so that both
     models have one configuration.
     """
-    recipe = LoraRecipe() if facts.carrier == "lora" else OrganRecipe()
+    recipe = load_recipe(facts.carrier)
     (name,) = find_kind(facts.carrier).parts
     with tempfile.TemporaryDirectory(dir=payload.directory) as directory:
         # Under the name that its kind reads; a link costs no space.

@@ -11,14 +11,14 @@ from __future__ import annotations
 import contextlib
 import secrets
 import shutil
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from safetensors.torch import save
-from transformers import PreTrainedModel
 
+from allograft.crypto import canonical
 from allograft.durable import durable_write, storage_errors, sync_directory
 from allograft.errors import RejectedError
 from allograft.packet.adapter import CONFIG_NAME, render_adapter_config
@@ -27,37 +27,71 @@ from allograft.recipes.base import Attachment
 from allograft.recipes.blocks import FAMILIES
 from allograft.recipes.facts import LoraFacts
 from allograft.recipes.lora import PAYLOAD
+from allograft.recipes.mixture import has_experts
+from allograft.recipes.patch import has_attachments
+from allograft.recipes.stack import Stack, stack_digest
+
+#: What is inside an export, written beside its weights.
+CONTENTS_NAME = "allograft-contents.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where the attachments of an export came from, as far as it is known.
+
+    Attributes:
+        base: Weights digest (hex) of the model they were attached to; empty if unknown.
+        donors: The donor of each packet, by packet id.
+    """
+
+    base: str = ""
+    donors: Mapping[str, str] = field(default_factory=dict)
 
 
 def export_merged(
-    model: PreTrainedModel, tokenizer: Any, directory: Path, ancestry: Ancestry | None = None
+    stack: Stack,
+    tokenizer: Any,
+    directory: Path,
+    source: Source | None = None,
+    ancestry: Ancestry | None = None,
 ) -> None:
     """Write a model with its attachments as one snapshot for `from_pretrained`.
 
     Args:
-        model: With attachments at their doses.
+        stack: The model with attachments at their doses; all of them are in the stack.
         tokenizer: Written beside it.
         directory: Must not exist yet.
-        ancestry: The packets inside, written beside it as well.
+        source: What the list of contents says beyond the stack.
+        ancestry: The packets inside with their licences, written beside it as well.
 
     Raises:
-        RejectedError: AG-RCP-024 if the directory exists.
+        RejectedError: AG-RCP-024 if the directory exists, if the model carries something that the
+            stack does not know, or if an expert speaks beside it: no weight holds its words.
         UnavailableError: AG-STO-001 when the disk is full.
     """
+    if has_experts(stack.model):
+        raise RejectedError("AG-RCP-024", "an expert is no part of the model's weights")
+    if has_attachments(stack.model) and not stack.attachments:
+        raise RejectedError("AG-RCP-024", "the model carries attachments that are not listed")
     with _new_directory(directory) as temporary:
-        model.save_pretrained(temporary)
+        stack.model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        contents = describe_contents("merged", stack.attachments, source or Source())
+        durable_write(temporary / CONTENTS_NAME, contents)
         if ancestry is not None:
             durable_write(temporary / FILE_NAME, ancestry.to_bytes())
 
 
-def export_peft(attachment: Attachment, directory: Path, base_model: str = "") -> None:
+def export_peft(
+    attachment: Attachment, directory: Path, base_model: str = "", source: Source | None = None
+) -> None:
     """Write a LoRA attachment as a directory for `PeftModel.from_pretrained`.
 
     Args:
         attachment: A LoRA; its dose becomes part of `lora_alpha`.
         directory: Must not exist yet.
         base_model: What the configuration should name as its base; empty leaves it open.
+        source: What the list of contents says beyond the attachment.
 
     Raises:
         RejectedError: AG-RCP-024 for other kinds, for dose 0, or if the directory exists.
@@ -71,6 +105,27 @@ def export_peft(attachment: Attachment, directory: Path, base_model: str = "") -
     with _new_directory(directory) as temporary:
         durable_write(temporary / PAYLOAD, save(dict(attachment.tensors), {"format": "pt"}))
         durable_write(temporary / CONFIG_NAME, config)
+        contents = describe_contents("peft", (attachment,), source or Source())
+        durable_write(temporary / CONTENTS_NAME, contents)
+
+
+def describe_contents(
+    form: Literal["merged", "peft"], attachments: Sequence[Attachment], source: Source
+) -> bytes:
+    """What an export holds, as canonical JSON: base, packets, kinds, doses, donors."""
+    inside: list[canonical.Json] = [
+        {
+            "packet_id": entry.attachment_id,
+            "kind": entry.kind,
+            "dose": entry.dose,
+            "donor": source.donors.get(entry.attachment_id, ""),
+        }
+        for entry in attachments
+    ]
+    digest = stack_digest(attachments)
+    return canonical.dumps(
+        {"v": 1, "form": form, "base": source.base, "stack": digest, "inside": inside}
+    )
 
 
 @contextlib.contextmanager
