@@ -140,7 +140,7 @@ class ScriptedRunner:
         if self.outcome is Outcome.KEEP:
             screens.append(screen_report(self.alarms, 0.5).to_json())
         report = trial_report(task["packet_id"], self.outcome)
-        return {"screens": screens, "report": report.to_json()}
+        return {"screens": screens, "report": report.to_json(), "fit": {}}
 
     def _screen(self, task):
         return {"screen": screen_report(self.alarms, 1.0).to_json()}

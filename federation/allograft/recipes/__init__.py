@@ -3,9 +3,11 @@
 
 - `base`: the Recipe protocol, the values between its verbs, the registry of kinds. No tensors.
 - `facts`: what a statement says about the weights of each kind. No tensors either.
-- `organ`, `lora`: the two kinds that ship.
-- `blocks`, `patch`: the two ways to change a model: inserted blocks, low-rank changes of weights.
-- `attachment`, `stack`, `export`: fitted packets on disk, on a model, and as ordinary snapshots.
+- `organ`, `lora`, `expert`: the kinds that ship.
+- `blocks`, `patch`, `mixture`: the ways to change what a model says: inserted blocks, low-rank
+  changes of weights, words of another model mixed in. `blueprint`: that other model, from facts.
+- `attachment`, `stack`, `router`, `export`: fitted packets on disk, on a model, one for each request,
+  and as ordinary snapshots.
 - `documents`, `windows`: text files to documents, without tensors; documents to token windows.
 - `snapshot`: model directories to models, and their digest.
 - `plan`, `loop`, `resume`: how to train, the one training loop, and its resumable state.
