@@ -908,7 +908,8 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
         ),
         "AG-RCP-024": ErrorCode(
             "this attachment cannot be exported in the format asked for",
-            "A PEFT directory holds one LoRA; export the rest as a merged snapshot.",
+            "A PEFT directory holds one LoRA; export the rest as a merged snapshot. An expert "
+            "stays beside the model and has no export.",
         ),
         "AG-RCP-025": ErrorCode(
             "models cannot be mixed in this way",

@@ -6,8 +6,8 @@
 - `organ`, `lora`, `expert`: the kinds that ship.
 - `blocks`, `patch`, `mixture`: the ways to change what a model says: inserted blocks, low-rank
   changes of weights, words of another model mixed in. `blueprint`: that other model, from facts.
-- `attachment`, `stack`, `router`, `export`: fitted packets on disk, on a model, one for each request,
-  and as ordinary snapshots.
+- `attachment`, `stack`, `router`, `export`: fitted packets on disk, on a model, one for each
+  request, and as ordinary snapshots.
 - `documents`, `windows`: text files to documents, without tensors; documents to token windows.
 - `snapshot`: model directories to models, and their digest.
 - `plan`, `loop`, `resume`: how to train, the one training loop, and its resumable state.

@@ -60,7 +60,8 @@ def build_config(facts: ExpertFacts) -> Any:
         "rope_parameters": canonical.loads(shape.rope.encode()) if shape.rope else None,
         # A limit that a donor left open is none, whatever the family's own default.
         **dict.fromkeys(EXPERT_SETTINGS),
-        **facts.settings,
+        # By their types: JSON has no 30.0, and configurations insist on it.
+        **{name: EXPERT_SETTINGS[name](value) for name, value in facts.settings.items()},
         **dict.fromkeys(_MARKS),
     }
     try:

@@ -152,15 +152,9 @@ class ExpertRecipe:
         assert isinstance(facts, ExpertFacts)
         if facts.shape.vocab != surgery.base_shape(model).vocab:
             raise RejectedError("AG-RCP-011", "the expert was made with another vocabulary")
-        config = build_config(facts)
-        expert, base = (
-            build_model(config, found).to(model.device)
-            if (found := _unnamed(prefix, attachment.tensors))
-            and (prefix == _EXPERT or facts.mixing == "difference")
-            else None
-            for prefix in (_EXPERT, _BASE)
-        )
-        assert expert is not None
+        expert = _build(facts, attachment, _EXPERT, model)
+        difference = facts.mixing == "difference"
+        base = _build(facts, attachment, _BASE, model) if difference else None
         beside = Expert(expert, base, attachment.dose, facts.gate)
         add_expert(model, attachment.attachment_id, beside)
         return ExpertHandle(attachment, model)
@@ -179,10 +173,11 @@ def measure_cost(attachment: Attachment, model: PreTrainedModel) -> float:
 
     The median of a few rounds of cached greedy tokens, the two taking turns.
     """
-    ids = torch.zeros((1, 8), dtype=torch.long, device=model.device)
+    tokens = min(_COST_TOKENS, int(model.config.max_position_embeddings) // 2)
+    ids = torch.zeros((1, 1), dtype=torch.long, device=model.device)
     plan = GenerationConfig(
-        max_new_tokens=_COST_TOKENS,
-        min_new_tokens=_COST_TOKENS,
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
         do_sample=False,
         pad_token_id=0,
     )
@@ -218,7 +213,7 @@ def _change_plan(choices: ExpertPlan) -> OrganPlan | LoraPlan:
 
 def _extract_whole(donor: Donor, plan: Plan, choices: ExpertPlan) -> Extract:
     shape, settings = describe_whole(donor.model)
-    dtype = str(next(donor.model.parameters()).dtype).removeprefix("torch.")
+    dtype = _dtype_name(donor.model)
     facts = ExpertFacts(shape, "whole", choices.mixing, choices.gate, dtype, settings, {})
     with _learning(donor.model, plan.loop) as (twin, parameters):
 
@@ -310,8 +305,15 @@ def _make_whole(
     recipe.detach(handle)
     recipe.attach(change, base)
     shape, settings = describe_whole(base)
-    whole = replace(facts, shape=shape, carrier="whole", settings=settings, inner={})
-    return whole, _copy_weights(base), start
+    made = _copy_weights(base)
+    whole = replace(
+        facts, shape=shape, carrier="whole", dtype=_dtype_name(base), settings=settings, inner={}
+    )
+    return whole, made, start
+
+
+def _dtype_name(model: PreTrainedModel) -> str:
+    return str(model.dtype).removeprefix("torch.")
 
 
 def _copy_weights(
@@ -323,13 +325,17 @@ def _copy_weights(
     }
 
 
-def _named(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {f"{prefix}{name}": value for name, value in tensors.items()}
-
-
-def _unnamed(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {
-        name.removeprefix(prefix): value
-        for name, value in tensors.items()
+def _build(
+    facts: ExpertFacts, attachment: Attachment, prefix: str, beside: PreTrainedModel
+) -> PreTrainedModel:
+    """One of an attachment's models, in the type and place of the model it will run beside."""
+    tensors = {
+        name.removeprefix(prefix): value.to(beside.dtype)
+        for name, value in attachment.tensors.items()
         if name.startswith(prefix)
     }
+    return build_model(build_config(facts), tensors).to(beside.device)
+
+
+def _named(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"{prefix}{name}": value for name, value in tensors.items()}

@@ -86,10 +86,12 @@ class Router:
             raise RejectedError("AG-RCP-023", "two attachments share an id")
         self._stack = Stack(model, allowed)
         self._model, self._tokenizer, self._margin = model, tokenizer, margin
+        self._context = int(getattr(model.config, "max_position_embeddings", 1 << 30))
+        self._read = min(_PROMPT_TOKENS, self._context // 2)
 
     def choose(self, prompts: Sequence[str]) -> list[Choice]:
         """Who should answer each prompt."""
-        rows = [self._encode(prompt)[-_PROMPT_TOKENS:] for prompt in prompts]
+        rows = [self._encode(prompt)[-self._read :] for prompt in prompts]
         nats: dict[str, list[torch.Tensor]] = {}
         for key in (BASE, *sorted(self._attachments)):
             with self._with(key):
@@ -121,14 +123,20 @@ class Router:
         return [Answer(choice, text) for choice, text in zip(choices, said, strict=True)]
 
     def score(self, prompts: Sequence[str], continuations: Sequence[str]) -> list[float]:
-        """Nats per token of each continuation, under what its prompt alone chose."""
+        """Nats per token of each continuation, under what its prompt alone chose.
+
+        Of a long prompt the end counts, of a long continuation what the context has room for.
+        """
         pairs = [
-            (self._encode(prompt), self._tokenizer.encode(text, add_special_tokens=False))
+            (
+                self._encode(prompt)[-self._read :],
+                self._tokenizer.encode(text, add_special_tokens=False),
+            )
             for prompt, text in zip(prompts, continuations, strict=True)
         ]
         found = [0.0] * len(pairs)
         for key, numbers in _by_choice(self.choose(prompts)):
-            rows = [pairs[number][0] + pairs[number][1] for number in numbers]
+            rows = [(pairs[n][0] + pairs[n][1])[: self._context] for n in numbers]
             skipped = [len(pairs[number][0]) for number in numbers]
             with self._with(key):
                 nats = self._token_nats(rows, skipped)
