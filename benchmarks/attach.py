@@ -30,6 +30,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
+from allograft.packet.adapter import AdapterSettings
 from allograft.recipes import blocks
 from allograft.recipes.base import Handle, Payload, Recipient, load_recipe
 from allograft.recipes.export import export_peft
@@ -96,7 +97,9 @@ def write_packets(model: PreTrainedModel, folder: Path) -> dict[str, Payload]:
             stem = f"base_model.model.model.layers.{number}.{name}"
             lora[f"{stem}.lora_A.weight"] = _noise((_RANK, inputs))
             lora[f"{stem}.lora_B.weight"] = _noise((outputs, _RANK))
-    facts_of_lora = LoraFacts(shape, _RANK, 32.0, modules, "bfloat16", "0").to_json()
+    facts_of_lora = LoraFacts(
+        shape, AdapterSettings(_RANK, 32.0, modules), "bfloat16", "0"
+    ).to_json()
     made["lora"] = _write(folder / "lora", "lora", "adapter_model.safetensors", lora, facts_of_lora)
     return made
 

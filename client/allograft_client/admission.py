@@ -33,10 +33,10 @@ from allograft.provenance.verify import (
     verify_dispatch,
     verify_manifest,
 )
-from allograft.recipes.base import Declaration, ModelCard, ModelShape, Verdict, check_base
-from allograft.recipes.facts import read_facts
+from allograft.recipes.base import Declaration, ModelCard, ModelShape, Verdict
+from allograft.recipes.facts import check_statement
 from allograft_client.rows import ModelRow, PacketRow
-from allograft_client.site import Site, model_base
+from allograft_client.site import Site, model_base, model_paths
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,8 +149,8 @@ def check_claim(manifest: VerifiedManifest, dossier: Dossier) -> None:
     claim.check(epsilon_of)
 
 
-def judge_base(statement: PacketStatement, model: ModelRow) -> Verdict:
-    """Whether a packet may be opened for a model, by the statement alone."""
+def judge_base(site: Site, statement: PacketStatement, model: ModelRow) -> Verdict:
+    """Whether a packet may be opened for one of the site's models, by the statement alone."""
     base = model_base(model)
     lineage = compare_bases(base, statement.base)
     declaration = Declaration(
@@ -164,9 +164,9 @@ def judge_base(statement: PacketStatement, model: ModelRow) -> Verdict:
         tokenizer_digest=base.tokenizer_digest,
         shape=ModelShape.from_json(model.facts["shape"]),
         lineage_cosine=lineage.cosine,
+        bases=frozenset(model_paths(site)),
     )
-    facts = read_facts(statement.kind, dict(statement.facts))
-    return check_base(declaration, facts, card)
+    return check_statement(declaration, card)
 
 
 def admit_stored(site: Site, row: PacketRow) -> tuple[Sealed, PacketStatement]:
@@ -179,7 +179,7 @@ def admit_stored(site: Site, row: PacketRow) -> tuple[Sealed, PacketStatement]:
     sealed = read_sealed(site.packet_path(row.packet_id, "sealed"))
     manifest = verify_sealed(site, sealed)
     check_policy(site.policy(), manifest)
-    verdict = judge_base(manifest.statement, site.store.model(row.model))
+    verdict = judge_base(site, manifest.statement, site.store.model(row.model))
     if verdict.level == "refuse":
         raise RejectedError(verdict.code, verdict.reason)
     return sealed, manifest.statement

@@ -318,9 +318,11 @@ class _Donation:
         common = {
             "task": task,
             "model": str(self._model.path),
-            "base_digest": model_base(self._model).weights_digest,
+            "model_digest": model_base(self._model).weights_digest,
             "device": self._site.settings.device,
             "kind": self._plan.kind,
+            "base_digest": model_base(self._model).weights_digest,
+            "bases": {model_base(self._model).weights_digest: str(self._model.path)},
             "data": str(self._plan.data),
             "seed": self._plan.seed,
             "window_tokens": self._plan.window_tokens,

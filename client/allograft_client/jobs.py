@@ -279,7 +279,8 @@ def _export(site: Site, job: JobRow, tell: Progress) -> Mapping[str, Any]:
         "stack": [str(entry.path) for entry in stack],
         "format": job.arguments["format"],
         "out": job.arguments["out"],
-        "base_digest": model_base(model).weights_digest,
+        "model_digest": model_base(model).weights_digest,
+        "donors": {e.packet_id: site.store.packet(e.packet_id).donor for e in stack},
         "parents": _ancestors(site, model, stack) if merging else [],
     }
     result = site.runner.run(f"export-{job.number}", task, tell)
@@ -310,6 +311,41 @@ def _screen(site: Site, job: JobRow, tell: Progress) -> Mapping[str, Any]:
     return {"model": job.subject, **screens.screen_model(site, job.subject, tell)}
 
 
+def _scale(site: Site, job: JobRow, tell: Progress) -> Mapping[str, Any]:
+    """Learn the doses of a model's attachments together; the files say which ones hold."""
+    result = site.runner.run(f"scale-{job.number}", _compose(site, job), tell)
+    with site.store.transaction():
+        for packet_id, dose in result["doses"].items():
+            site.store.set_attachment_dose(packet_id, dose)
+        screens.queue_screen(site, job.subject)
+    return {"model": job.subject, **result}
+
+
+def _route(site: Site, job: JobRow, tell: Progress) -> Mapping[str, Any]:
+    """How requests like the site's own documents would be routed; changes nothing."""
+    result = site.runner.run(f"route-{job.number}", _compose(site, job), tell)
+    return {"model": job.subject, **result}
+
+
+def _compose(site: Site, job: JobRow) -> dict[str, Any]:
+    model, rules = site.store.model(job.subject), site.policy().receive
+    stack = site.store.attachments(model.name)
+    if not stack:
+        raise RejectedError("AG-SIT-003", f"nothing is attached to {model.name}")
+    return {
+        "task": job.kind,
+        "model": str(model.path),
+        "device": site.settings.device,
+        "stack": [str(entry.path) for entry in stack],
+        "data": str(model.data),
+        "retention": str(model.retention),
+        "max_documents": site.settings.trial_documents,
+        "min_gain": rules.min_gain,
+        "max_retention_loss": rules.max_retention_loss,
+        "apply": bool(job.arguments.get("apply")),
+    }
+
+
 def _item_refused(site: Site, job: JobRow, _tell: Progress) -> None:
     """The coordinator will never take an item of ours: say so where an operator looks."""
     row = site.store.find_item(job.subject, "out")
@@ -335,4 +371,6 @@ HANDLERS: Mapping[str, Handler] = {
     "revert": _revert,
     "export": _export,
     "screen": _screen,
+    "scale": _scale,
+    "route": _route,
 }

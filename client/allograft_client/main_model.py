@@ -93,6 +93,72 @@ def screen(
     emit(result, format, lambda value: render_screened(value) if wait else "Queued.")
 
 
+@app.command("scale")
+def scale(
+    name: Annotated[str, typer.Argument(help="A model of this site.")],
+    apply: Annotated[
+        bool, typer.Option("--apply", help="Keep the doses if held-out text confirms them.")
+    ] = False,
+    state: StateOption = None,
+    wait: WaitOption = True,
+    timeout_s: TimeoutOption = 86400.0,
+    format: FormatOption = Format.text,
+) -> None:
+    """Learn on this site's own text how strongly its attachments should act together."""
+    site = open_state(state)
+    arguments = {"apply": apply}
+    number = requests.request(site, "scale", site.store.model(name).name, arguments)
+    result = finish(site, number, wait, timeout_s, format)
+    emit(result, format, lambda value: _render_scales(value) if wait else "Queued.")
+
+
+@app.command("route")
+def route(
+    name: Annotated[str, typer.Argument(help="A model of this site.")],
+    state: StateOption = None,
+    wait: WaitOption = True,
+    timeout_s: TimeoutOption = 86400.0,
+    format: FormatOption = Format.text,
+) -> None:
+    """Show which attachment, or none, would answer requests like this site's own text."""
+    site = open_state(state)
+    number = requests.request(site, "route", site.store.model(name).name)
+    result = finish(site, number, wait, timeout_s, format)
+    emit(result, format, lambda value: _render_routes(value) if wait else "Queued.")
+
+
+def _render_scales(value: dict[str, Any]) -> str:
+    report = value["report"]
+    lines = [
+        f"packet {packet_id[:12]}: dose {report['present'][packet_id]:g}, learnt {learnt:g}, "
+        f"kept at {value['doses'][packet_id]:g}"
+        for packet_id, learnt in sorted(report["learnt"].items())
+    ]
+    gain, worse = report["gain"], report["retention_change"]
+    lines.append(
+        f"{'Confirmed' if report['accepted'] else 'Not accepted'}: {report['reason']}. Held out: "
+        f"{gain['value']:+.3f} nats per token saved [{gain['low']:+.3f}, {gain['high']:+.3f}], "
+        f"general text {worse['value']:+.3f} against the plain base."
+    )
+    return "\n".join(lines)
+
+
+def _render_routes(value: dict[str, Any]) -> str:
+    lines = []
+    for what in ("domain", "retention"):
+        found = value[what]
+        if not found["documents"]:
+            lines.append(f"{what}: no document is long enough")
+            continue
+        shares = [f"{n} by packet {key[:12]}" for key, n in sorted(found["chosen"].items())]
+        lines.append(
+            f"{what}: of {found['documents']} documents {', '.join(shares)}, {found['base']} by "
+            f"the base; loss {found['loss_base']:.3f} with the base, {found['loss_routed']:.3f} "
+            "routed, nats per token"
+        )
+    return "\n".join(lines)
+
+
 def render_screened(found: dict[str, Any]) -> str:
     """How a combination stands, in one line."""
     by_hand = "; kept despite it, by an operator's decision" if found.get("overridden") else ""

@@ -53,7 +53,7 @@ def donate(
     privacy_plan: Annotated[
         str, typer.Option("--plan", help="Modes strict and measured: the signed privacy plan.")
     ] = "",
-    recipe: Annotated[str, typer.Option(help="`organ`, `lora` or `delta`.")] = "organ",
+    recipe: Annotated[str, typer.Option(help="`organ`, `lora`, `delta` or `expert`.")] = "organ",
     mode: Annotated[str, typer.Option(help="Privacy mode: open, measured or strict.")] = "open",
     language: Annotated[str, typer.Option(help="Language of the text.")] = "en",
     purpose: Annotated[str, typer.Option(help="What recipients may use it for.")] = (
@@ -104,6 +104,17 @@ def donate(
     stage: Annotated[
         str, typer.Option(help="Delta: what the model has been through, if it is no public base.")
     ] = "base",
+    carrier: Annotated[
+        str,
+        typer.Option(help="Expert: a `whole` small model, or an `organ` or `lora` on its base."),
+    ] = "whole",
+    mixing: Annotated[
+        str,
+        typer.Option(help="Expert: mixed in as an `ensemble`, or as a `difference` to its base."),
+    ] = "ensemble",
+    gate: Annotated[
+        float, typer.Option(help="Expert: unheard below this probability of its likeliest token.")
+    ] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of split and training.")] = 0,
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Less memory, a third more time.")

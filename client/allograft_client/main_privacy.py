@@ -62,7 +62,7 @@ _STRENGTH = (
 def new(
     model: Annotated[str, typer.Option(help="Model of this site to train on.")],
     domain: Annotated[str, typer.Option(help="Whose data: a domain of the ledger.")],
-    kind: Annotated[str, typer.Option(help="Kind of packet: organ, lora or delta.")] = "lora",
+    kind: Annotated[str, typer.Option(help="Kind of packet, such as organ or lora.")] = "lora",
     mode: Annotated[str, typer.Option(help="strict, or measured without formal bound.")] = "strict",
     target_epsilon: Annotated[
         float | None, typer.Option(help="Epsilon this run may cost; fixes the noise.")
@@ -103,6 +103,17 @@ def new(
         bool,
         typer.Option("--embeddings", help="Delta: so do embeddings; they tell of the words used."),
     ] = False,
+    carrier: Annotated[
+        str,
+        typer.Option(help="Expert: a `whole` small model, or an `organ` or `lora` on its base."),
+    ] = "whole",
+    mixing: Annotated[
+        str,
+        typer.Option(help="Expert: mixed in as an `ensemble`, or as a `difference` to its base."),
+    ] = "ensemble",
+    gate: Annotated[
+        float, typer.Option(help="Expert: unheard below this probability of its likeliest token.")
+    ] = 0.0,
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Less memory, a third more time.")
     ] = False,

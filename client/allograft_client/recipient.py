@@ -39,7 +39,7 @@ _REFUSALS = ("AG-RCP-", "AG-PRV-", "AG-PRO-010", "AG-EVA-", "AG-SIT-003")
 
 _ARRIVED = ("received", "quarantined", "refused")
 
-_RANKS = {"exact": 0, "lineage": 1, "refuse": 2}
+_RANKS = {"exact": 0, "lineage": 1, "behavioural": 2, "refuse": 3}
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +68,12 @@ class Choice:
 
     @property
     def remoteness(self) -> tuple[int, float]:
-        """Less is closer: the base itself, then relatives by their likeness to it."""
-        likeness = self.verdict.numbers.get("lineage_cosine", 0.0)
+        """Less is closer: the base itself, then relatives by their likeness to it.
+
+        What speaks beside a model has least to say beside the one that it came from.
+        """
+        numbers = self.verdict.numbers
+        likeness = numbers.get("lineage_cosine", 0.0) - numbers.get("own_base", 0.0)
         return _RANKS[self.verdict.level], -likeness
 
 
@@ -177,7 +181,7 @@ def _choose_model(site: Site, statement: PacketStatement) -> Choice:
     Raises:
         RejectedError: AG-RCP-* or AG-SIT-003 if no model fits.
     """
-    choices = [Choice(model, judge_base(statement, model)) for model in site.store.models()]
+    choices = [Choice(model, judge_base(site, statement, model)) for model in site.store.models()]
     if not choices:
         raise RejectedError("AG-SIT-003", "this site has no model to try it on")
     best = min(choices, key=lambda choice: choice.remoteness)

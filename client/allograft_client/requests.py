@@ -37,6 +37,8 @@ LANES: Mapping[str, Lane] = {
     "revert": "heavy",
     "export": "heavy",
     "screen": "heavy",
+    "scale": "heavy",
+    "route": "heavy",
 }
 
 

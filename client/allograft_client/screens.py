@@ -169,7 +169,7 @@ def screen_model(site: Site, model_name: str, tell: Progress) -> Mapping[str, An
     task = {
         "task": "screen",
         "model": str(model.path),
-        "base_digest": model_base(model).weights_digest,
+        "model_digest": model_base(model).weights_digest,
         "device": site.settings.device,
         "stack": [str(entry.path) for entry in stack],
         **screen_inputs(site),

@@ -140,6 +140,11 @@ def model_base(model: ModelRow) -> BaseModel:
     return read_base(model.facts["base"])
 
 
+def model_paths(site: Site) -> dict[str, str]:
+    """The site's models by weights digest, for packets that name one of them."""
+    return {model_base(model).weights_digest: str(model.path) for model in site.store.models()}
+
+
 def model_ancestors(model: ModelRow) -> tuple[Ancestor, ...]:
     """The packets inside a model's own weights, as its record said when it was added."""
     return read_ancestors(model.facts.get("parents", []))

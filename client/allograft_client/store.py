@@ -432,6 +432,10 @@ class Store(Database):
                 packet_id, model, position, str(path), dose, now_text(),
             )  # fmt: skip
 
+    def set_attachment_dose(self, packet_id: str, dose: float) -> None:
+        """Record at which dose an attachment is kept."""
+        self._run("UPDATE attachment SET dose = ? WHERE packet_id = ?", dose, packet_id)
+
     def drop_attachment(self, packet_id: str) -> None:
         """Take an attachment out of its model's stack; those above move down."""
         with self.transaction():

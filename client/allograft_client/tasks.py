@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What workers do with models and text: describe, train, evaluate, try, revert, export.
+"""What workers do with models and text: describe, train, evaluate, try, compose, revert, export.
 
 The only module of the site that loads tensor libraries. Invariant: a task writes below the work
 directory it was given and nowhere else, and every result is a small JSON object.
@@ -11,6 +11,7 @@ import hashlib
 import random
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -31,6 +32,7 @@ from allograft.evaluate.behaviour import Baseline, screen_behaviour, watch_base
 from allograft.evaluate.bootstrap import paired_gain
 from allograft.evaluate.gate import GateRules, Outcome
 from allograft.evaluate.loss import Scoring, measure, prepare
+from allograft.evaluate.scales import ScalePlan, learn_scales
 from allograft.evaluate.screen import (
     ScreenReport,
     ScreenResult,
@@ -68,7 +70,7 @@ from allograft.provenance.ancestry import (
 from allograft.provenance.lineage import describe_base, digest_weights
 from allograft.provenance.statement import write_base
 from allograft.recipes import export
-from allograft.recipes.attachment import load_attachment, save_attachment
+from allograft.recipes.attachment import load_attachment, rewrite_dose, save_attachment
 from allograft.recipes.base import (
     DOSES,
     Attachment,
@@ -88,6 +90,7 @@ from allograft.recipes.documents import (
     split_documents,
 )
 from allograft.recipes.plan import DeltaPlan, LoopPlan, Step, read_recipe_plan
+from allograft.recipes.router import BASE, Router
 from allograft.recipes.snapshot import load_model, load_tokenizer
 from allograft.recipes.stack import Stack
 from allograft.recipes.windows import Windows, make_person_windows, make_windows
@@ -96,6 +99,7 @@ Tell = Callable[[Mapping[str, Any]], None]
 Task = Mapping[str, canonical.Json]
 
 _HELD_OUT = 0.1
+_PROMPT_CHARS = 200  # of a document, by which it is routed
 
 
 @dataclass(frozen=True, slots=True)
@@ -346,23 +350,11 @@ def _try(task: Task, tell: Tell) -> dict[str, Any]:
     screens = [_screen_packet(task, loaded, baseline, (recipe, attachment))]
     if screens[0].alarms and not canonical.as_bool(task["despite_alarm"]):
         return {"screens": [screens[0].to_json()], "report": None}
-    text = OwnText(
-        _texts(drop_near_duplicates(read_documents(Path(_text(task, "data")))), task),
-        _texts(drop_near_duplicates(read_documents(Path(_text(task, "retention")))), task),
-    )
-    rules = GateRules(
-        min_gain=canonical.as_number(task["min_gain"]),
-        max_retention_loss=canonical.as_number(task["max_retention_loss"]),
-    )
-
-    def progress(step: TrialStep) -> None:
-        tell({"stage": f"trial: {step.what}", "done": step.done, "of": step.steps})
-
     report = run_trial(
         Subject(recipe, attachment, loaded.model, loaded.tokenizer),
-        text,
-        TrialPlan(rules=rules),
-        progress,
+        _own_text(task),
+        TrialPlan(rules=_rules(task)),
+        _trial_progress(tell),
     )
     if report.decision.outcome is Outcome.KEEP:
         kept = replace(attachment, dose=report.decision.dose)
@@ -372,7 +364,31 @@ def _try(task: Task, tell: Tell) -> dict[str, Any]:
         target = Path(_text(task, "attachment"))
         shutil.rmtree(target, ignore_errors=True)
         save_attachment(kept, target)
-    return {"screens": [screen.to_json() for screen in screens], "report": report.to_json()}
+    return {
+        "screens": [screen.to_json() for screen in screens],
+        "report": report.to_json(),
+        "fit": dict(attachment.report),
+    }
+
+
+def _own_text(task: Task) -> OwnText:
+    """The site's own documents that packets are tried on."""
+    domain, retention = (
+        _texts(drop_near_duplicates(read_documents(Path(_text(task, name)))), task)
+        for name in ("data", "retention")
+    )
+    return OwnText(domain, retention)
+
+
+def _rules(task: Task) -> GateRules:
+    return GateRules(
+        min_gain=canonical.as_number(task["min_gain"]),
+        max_retention_loss=canonical.as_number(task["max_retention_loss"]),
+    )
+
+
+def _trial_progress(tell: Tell) -> Callable[[TrialStep], None]:
+    return lambda step: tell({"stage": f"trial: {step.what}", "done": step.done, "of": step.steps})
 
 
 def _screen(task: Task, tell: Tell) -> dict[str, Any]:
@@ -448,24 +464,68 @@ def _revert(task: Task, tell: Tell) -> dict[str, Any]:
 
 def _export(task: Task, tell: Tell) -> dict[str, Any]:
     out = Path(_text(task, "out"))
+    base = canonical.as_sha256(task["model_digest"])
+    donors = canonical.as_mapping(task["donors"])
+    source = export.Source(base, {key: canonical.as_text(name) for key, name in donors.items()})
     if _text(task, "format") == "peft":
-        paths = [Path(canonical.as_text(path)) for path in canonical.as_list(task["stack"])]
+        paths = _paths(task)
         if len(paths) != 1:
             raise RejectedError(
                 "AG-RCP-024", f"{len(paths)} attachments kept; a PEFT directory holds one"
             )
-        model = _text(task, "model")
-        export.export_peft(load_attachment(paths[0]), out, model, Path(model))
+        model = Path(_text(task, "model"))
+        export.export_peft(load_attachment(paths[0]), out, str(model), model, source)
     else:
         tell({"stage": "loading model"})
         loaded = _load(task)
-        _load_stack(task, loaded)
+        stack = _load_stack(task, loaded)
         tell({"stage": "writing"})
-        base = canonical.as_sha256(task["base_digest"])
         ancestry = Ancestry(base, read_ancestors(task["parents"]))
-        export.export_merged(loaded.model, loaded.tokenizer, out, ancestry)
+        export.export_merged(stack, loaded.tokenizer, out, source, ancestry)
         return {"out": str(out), "weights_digest": describe_base(out).weights_digest}
     return {"out": str(out)}
+
+
+def _scale(task: Task, tell: Tell) -> dict[str, Any]:
+    """Learn the doses of what is kept together; if told to, store those that are accepted."""
+    tell({"stage": "loading model"})
+    loaded = _load(task)
+    stack = _load_stack(task, loaded)
+    plan = ScalePlan(rules=_rules(task))
+    found = learn_scales(stack, loaded.tokenizer, _own_text(task), plan, _trial_progress(tell))
+    apply = canonical.as_bool(task["apply"]) and found.accepted
+    for path in _paths(task) if apply else ():
+        rewrite_dose(path, found.learnt[load_attachment(path).attachment_id])
+    doses = found.learnt if apply else found.present
+    return {"report": found.to_json(), "doses": dict(doses)}
+
+
+def _route(task: Task, tell: Tell) -> dict[str, Any]:
+    """Which attachment each of the site's own documents would be answered by, and how well."""
+    tell({"stage": "loading model"})
+    loaded = _load(task)
+    attachments = [load_attachment(path) for path in _paths(task)]
+    text = _own_text(task)
+    result: dict[str, Any] = {}
+    for what, documents in (("domain", text.domain), ("retention", text.retention)):
+        tell({"stage": f"routing: {what}"})
+        long = [document for document in documents if len(document) >= 2 * _PROMPT_CHARS]
+        if not long:
+            result[what] = {"documents": 0}
+            continue
+        prompts = [document[:_PROMPT_CHARS] for document in long]
+        rests = [document[_PROMPT_CHARS : 3 * _PROMPT_CHARS] for document in long]
+        router = Router(loaded.model, loaded.tokenizer, attachments)
+        chosen = Counter(choice.attachment_id for choice in router.choose(prompts))
+        base = Router(loaded.model, loaded.tokenizer, ()).score(prompts, rests)
+        result[what] = {
+            "documents": len(long),
+            "base": chosen[BASE],
+            "chosen": {entry.attachment_id: chosen[entry.attachment_id] for entry in attachments},
+            "loss_base": sum(base) / len(long),
+            "loss_routed": sum(router.score(prompts, rests)) / len(long),
+        }
+    return result
 
 
 _TASKS: dict[str, Callable[[Task, Tell], dict[str, Any]]] = {
@@ -477,6 +537,8 @@ _TASKS: dict[str, Callable[[Task, Tell], dict[str, Any]]] = {
     "screen": _screen,
     "revert": _revert,
     "export": _export,
+    "scale": _scale,
+    "route": _route,
 }
 
 
@@ -492,7 +554,7 @@ def _load(task: Task) -> _Loaded:
             packet on it, would be of another model. Those of `load_model` and `load_tokenizer`.
     """
     path = Path(_text(task, "model"))
-    added = task.get("base_digest")  # a model that is being added has none yet
+    added = task.get("model_digest")  # a model that is being added has none yet
     if added is not None and digest_weights(path) != added:
         raise RejectedError("AG-RCP-028", path.name)
     device = _text(task, "device")
@@ -503,9 +565,13 @@ def _load(task: Task) -> _Loaded:
 
 def _load_stack(task: Task, loaded: _Loaded) -> Stack:
     stack = Stack(loaded.model)
-    paths = [Path(canonical.as_text(path)) for path in canonical.as_list(task["stack"])]
-    stack.attach_all(load_attachment(path) for path in paths)
+    stack.attach_all(load_attachment(path) for path in _paths(task))
     return stack
+
+
+def _paths(task: Task) -> list[Path]:
+    """Where the attachments of a model's stack are stored."""
+    return [Path(canonical.as_text(path)) for path in canonical.as_list(task["stack"])]
 
 
 def _fit(task: Task, loaded: _Loaded) -> tuple[Any, Attachment]:
@@ -515,8 +581,11 @@ def _fit(task: Task, loaded: _Loaded) -> tuple[Any, Attachment]:
         directory=Path(_text(task, "payload")),
         facts=canonical.as_mapping(task["facts"]),
         packet_id=_text(task, "packet_id"),
+        base_digest=_text(task, "base_digest"),
     )
-    return recipe, recipe.fit(payload, Recipient(loaded.model))
+    bases = canonical.as_mapping(task["bases"])
+    paths = {digest: Path(canonical.as_text(path)) for digest, path in bases.items()}
+    return recipe, recipe.fit(payload, Recipient(loaded.model, bases=paths))
 
 
 def _donor_split(task: Task) -> tuple[list[Document], list[Document]]:

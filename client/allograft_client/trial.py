@@ -39,7 +39,7 @@ from allograft_client.screens import (
     show_screen,
     spectrum_facts,
 )
-from allograft_client.site import Site, model_base
+from allograft_client.site import Site, model_base, model_paths
 
 #: Codes that speak about the packet or its donor. All others name something that this site can
 #: repair (its text, its model, its policy file, a late roster), so the packet waits for that.
@@ -116,6 +116,7 @@ def try_packet(
         trial=figures,
         tried_on=run.conditions,
         report=run.result["report"],
+        fit=run.result["fit"],
         trial_network=run.result["network"],
     )
     if decision.outcome is not Outcome.KEEP:
@@ -164,12 +165,14 @@ def _run_trial(site: Site, row: PacketRow, tell: Progress, despite_alarm: bool) 
     task = {
         "task": "try",
         "model": str(model.path),
-        "base_digest": model_base(model).weights_digest,
+        "model_digest": model_base(model).weights_digest,
         "device": site.settings.device,
         "stack": [str(entry.path) for entry in stack],
         "kind": statement.kind,
         "payload": str(payload),
         "facts": dict(statement.facts),
+        "base_digest": statement.base.weights_digest,
+        "bases": model_paths(site),
         "packet_id": row.packet_id,
         "data": str(model.data),
         "retention": str(model.retention),
@@ -270,7 +273,7 @@ def revert_packet(site: Site, packet_id: str, tell: Progress) -> Mapping[str, An
     task = {
         "task": "revert",
         "model": str(model.path),
-        "base_digest": model_base(model).weights_digest,
+        "model_digest": model_base(model).weights_digest,
         "device": site.settings.device,
         "stack": [str(entry.path) for entry in others],
         "attachment": str(attachment),

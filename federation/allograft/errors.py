@@ -917,7 +917,8 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
         "AG-RCP-024": ErrorCode(
             "this attachment cannot be exported in the format asked for",
             "A PEFT directory holds one LoRA, or one delta that changes matrices of blocks only; "
-            "export the rest as a merged snapshot.",
+            "export the rest as a merged snapshot. An expert stays beside the model and has no "
+            "export.",
         ),
         "AG-RCP-026": ErrorCode(
             "the base's blocks cannot be copied and changed one by one",

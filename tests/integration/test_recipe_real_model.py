@@ -59,7 +59,7 @@ def test_held_out_medical_text_gets_likelier(
     half = mean_loss(model, texts[1])
     assert after < half < before - 0.1
 
-    export_merged(model, tokenizer, tmp_path / "merged")
+    export_merged(stack, tokenizer, tmp_path / "merged")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert mean_loss(again, texts[1]) == pytest.approx(half, abs=1e-6)
     ids = tokenizer("Once upon a time", return_tensors="pt")

@@ -140,7 +140,7 @@ class ScriptedRunner:
         if self.outcome is Outcome.KEEP:
             screens.append(screen_report(self.alarms, 0.5).to_json())
         report = trial_report(task["packet_id"], self.outcome)
-        return {"screens": screens, "report": report.to_json()}
+        return {"screens": screens, "report": report.to_json(), "fit": {}}
 
     def _screen(self, task):
         return {"screen": screen_report(self.alarms, 1.0).to_json()}
@@ -159,7 +159,7 @@ class ScriptedRunner:
 
     def _export(self, task):
         out = write_model(Path(task["out"]), seed=9)
-        ancestry = Ancestry(task["base_digest"], read_ancestors(task["parents"]))
+        ancestry = Ancestry(task["model_digest"], read_ancestors(task["parents"]))
         (out / FILE_NAME).write_bytes(ancestry.to_bytes())
         return {"out": str(out), "weights_digest": describe_base(out).weights_digest}
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A recipient's stack: any order in, any order out; nulls of equal norm; exports that load."""
 
+import json
 from dataclasses import replace
 from itertools import permutations
 from pathlib import Path
@@ -19,7 +20,7 @@ from allograft.recipes.base import (
     Recipient,
     load_recipe,
 )
-from allograft.recipes.export import export_merged, export_peft
+from allograft.recipes.export import CONTENTS_NAME, Source, export_merged, export_peft
 from allograft.recipes.plan import LoopPlan, LoraPlan, OrganPlan
 from allograft.recipes.snapshot import state_digest
 from allograft.recipes.stack import Stack, null_packet, stack_digest
@@ -197,7 +198,7 @@ def test_merged_snapshot_loads_with_equal_logits(family: str, tmp_path: Path) ->
     stack = Stack(model)
     stack.attach(replace(make(tiny_model(family), tmp_path, OrganPlan(2, 1, 3), "a"), dose=0.5))
     stack.attach(replace(make(tiny_model(family), tmp_path, LoraPlan(rank=2), "b"), dose=0.25))
-    export_merged(model, NoTokenizer(), tmp_path / "merged")
+    export_merged(stack, NoTokenizer(), tmp_path / "merged")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
     assert torch.equal(logits_of(again), logits_of(model))
     assert generate(again, use_cache=True) == generate(model, use_cache=False)
@@ -207,7 +208,7 @@ def test_merged_snapshot_loads_with_equal_logits(family: str, tmp_path: Path) ->
 def test_export_never_replaces_a_directory(tmp_path: Path) -> None:
     (tmp_path / "merged").mkdir()
     with pytest.raises(RejectedError, match="AG-RCP-024"):
-        export_merged(tiny_model("llama"), NoTokenizer(), tmp_path / "merged")
+        export_merged(Stack(tiny_model("llama")), NoTokenizer(), tmp_path / "merged")
 
 
 def test_failed_export_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -216,7 +217,7 @@ def test_failed_export_leaves_nothing_behind(tmp_path: Path) -> None:
             raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
-        export_merged(tiny_model("llama"), Broken(), tmp_path / "merged")
+        export_merged(Stack(tiny_model("llama")), Broken(), tmp_path / "merged")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -242,3 +243,31 @@ def test_pipeline_generates_with_attachments_on(family: str, tmp_path: Path) -> 
     expected = generate(model, use_cache=False)
     assert tokens == [token for token in expected if token != 0]  # the pipeline drops padding
     assert expected != plain
+
+
+def test_every_export_lists_what_is_inside(three: tuple[Attachment, ...], tmp_path: Path) -> None:
+    stack = Stack(tiny_model("gemma3_text"))
+    stack.attach_all(replace(each, dose=0.5) for each in three)
+    source = Source("c" * 64, {"a" * 32: "hospital-a"})
+    export_merged(stack, NoTokenizer(), tmp_path / "merged", source)
+    export_peft(three[1], tmp_path / "adapter", source=source)
+    merged = json.loads((tmp_path / "merged" / CONTENTS_NAME).read_bytes())
+    inside = [(e["packet_id"], e["kind"], e["dose"], e["donor"]) for e in merged["inside"]]
+    assert inside == [
+        ("a" * 32, "organ", 0.5, "hospital-a"),
+        ("b" * 32, "lora", 0.5, ""),
+        ("c" * 32, "organ", 0.5, ""),
+    ]
+    assert (merged["base"], merged["stack"]) == ("c" * 64, stack.digest())
+    (adapter,) = json.loads((tmp_path / "adapter" / CONTENTS_NAME).read_bytes())["inside"]
+    assert (adapter["packet_id"], adapter["kind"], adapter["dose"]) == ("b" * 32, "lora", 1.0)
+
+
+def test_refuses_to_export_what_it_cannot_list(
+    three: tuple[Attachment, ...], tmp_path: Path
+) -> None:
+    model = tiny_model("gemma3_text")
+    load_recipe("lora").attach(three[1], model)
+    with pytest.raises(RejectedError, match="AG-RCP-024"):
+        export_merged(Stack(model), NoTokenizer(), tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()

@@ -191,5 +191,6 @@ def test_only_sites_that_are_not_refused_are_recipients() -> None:
         route.Proposal("b", "exact", "x"),
         route.Proposal("c", "refuse", "x"),
         route.Proposal("d", "lineage", "x"),
+        route.Proposal("e", "behavioural", "x"),
     )
-    assert replace(ROUTE, proposals=proposals).recipients == ("b", "d")
+    assert replace(ROUTE, proposals=proposals).recipients == ("b", "d", "e")

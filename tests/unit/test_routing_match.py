@@ -83,3 +83,17 @@ def test_a_site_without_models_is_refused() -> None:
 def test_every_site_but_the_donor_gets_a_verdict_in_order() -> None:
     cards = [replace(CARD, site=name) for name in ("c", "a", "b")]
     assert [p.site for p in match_offer(OFFER, cards)] == ["b", "c"]
+
+
+def test_an_expert_needs_the_tokenizer_and_nothing_else() -> None:
+    offer = replace(OFFER, kind="expert")
+    accepts = replace(CARD.accepts, kinds=("expert",))
+    stranger = ModelFacts("other", "9" * 64, Architecture("gpt2", 96, 3, 512), "2" * 64)
+    card = replace(CARD, accepts=accepts, models=(stranger,))
+    assert match_card(offer, card).verdict == "behavioural"
+    for other in (
+        replace(stranger, tokenizer_digest="8" * 64),
+        replace(stranger, architecture=Architecture("gpt2", 96, 3, 513)),
+    ):
+        proposal = match_card(offer, replace(card, models=(other,)))
+        assert (proposal.verdict, proposal.reason) == ("refuse", "another tokenizer")

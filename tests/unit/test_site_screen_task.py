@@ -1,18 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
 """The worker's side of the screens: an alarm ends a trial, and a snapshot says what is in it."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedTokenizerFast
 
+from allograft.errors import RejectedError
 from allograft.evaluate.behaviour import TEMPLATES
 from allograft.evaluate.screen import ScreenReport
 from allograft.evaluate.spectrum import weigh_attachment
 from allograft.provenance.ancestry import FILE_NAME
-from allograft.recipes.attachment import save_attachment
+from allograft.recipes.attachment import load_attachment, rewrite_dose, save_attachment
 from allograft.recipes.base import Donor, Payload, Plan, Recipient, load_recipe
+from allograft.recipes.export import CONTENTS_NAME
 from allograft.recipes.plan import LoopPlan, LoraPlan
 from allograft.recipes.shape import train_tokenizer
 from allograft.recipes.snapshot import load_model
@@ -65,6 +69,7 @@ def task_of(work, name, **more):
     return {
         "task": name, "model": str(root / "model"), "device": "cpu", "stack": [], "kind": "lora",
         "payload": str(root / "payload"), "facts": facts, "packet_id": PACKET,
+        "base_digest": "0" * 64, "bases": {}, "apply": False,
         "data": str(root / "data.txt"), "retention": str(root / "retention.txt"),
         "max_documents": 240, "min_gain": 0.0, "max_retention_loss": 0.1,
         "attachment": str(root / "attachment"), "despite_alarm": False, "bank": [],
@@ -132,10 +137,58 @@ def test_screens_a_stack_and_writes_what_a_snapshot_holds(work, strong, tmp_path
     report = ScreenReport.from_json(found["screen"])
     assert [result.name for result in report.results] == ["templates", "triggers"]
     out = {"out": str(tmp_path / "merged"), "format": "merged"}
-    more = {"base_digest": "0" * 64, "parents": [PARENT]}
+    more = {"parents": [PARENT], "donors": {PACKET: "hospital-a"}}
     tasks.perform(task_of(work, "export", **stack, **out, **more), lambda _: None)
     assert (tmp_path / "merged" / FILE_NAME).is_file()
+    contents = json.loads((tmp_path / "merged" / CONTENTS_NAME).read_bytes())
+    (inside,) = contents["inside"]
+    assert contents["base"] == "0" * 64
+    assert inside == {"packet_id": PACKET, "kind": "lora", "dose": 1.0, "donor": "hospital-a"}
     described = tasks.perform(
         {**task_of(work, "describe"), "model": str(tmp_path / "merged")}, lambda _: None
     )
     assert described["parents"] == [PARENT]
+
+
+def test_learns_doses_together_and_stores_only_what_is_accepted(work, strong, tmp_path) -> None:
+    """A change that nobody trained helps nobody: its dose stays, in the file too."""
+    root, facts = work
+    payload = Payload("lora", PACKET, root / "payload", facts)
+    attachment = load_recipe("lora").fit(payload, Recipient(load_model(root / "model")))
+    save_attachment(attachment, tmp_path / "kept")
+    stack = {"stack": [str(tmp_path / "kept")], "apply": True}
+    found = tasks.perform(task_of(work, "scale", **stack), lambda _: None)
+    report = found["report"]
+    assert report["selection_learnt"] <= report["selection_present"]
+    kept = report["learnt"] if report["accepted"] else report["present"]
+    assert found["doses"] == kept
+    assert load_attachment(tmp_path / "kept").dose == kept[PACKET]
+
+
+def test_shows_who_would_answer_the_sites_own_text(work, strong, tmp_path) -> None:
+    root, facts = work
+    payload = Payload("lora", PACKET, root / "payload", facts)
+    attachment = load_recipe("lora").fit(payload, Recipient(load_model(root / "model")))
+    save_attachment(attachment, tmp_path / "kept")
+    long = "\n\n".join(" ".join(TEMPLATES[n:] + TEMPLATES[:n]) for n in range(4))
+    (tmp_path / "long.txt").write_text(long)
+    task = {"stack": [str(tmp_path / "kept")], "data": str(tmp_path / "long.txt")}
+    found = tasks.perform(task_of(work, "route", **task), lambda _: None)
+    domain = found["domain"]
+    assert domain["base"] + domain["chosen"][PACKET] == domain["documents"] == 4
+    if domain["base"] == 4:
+        assert domain["loss_routed"] == domain["loss_base"]
+    assert found["retention"] == {"documents": 0}
+
+
+def test_stored_dose_changes_without_the_tensors(work, tmp_path) -> None:
+    root, facts = work
+    payload = Payload("lora", PACKET, root / "payload", facts)
+    attachment = load_recipe("lora").fit(payload, Recipient(load_model(root / "model")))
+    save_attachment(attachment, tmp_path / "kept")
+    before = (tmp_path / "kept" / "tensors.safetensors").read_bytes()
+    rewrite_dose(tmp_path / "kept", 0.25)
+    assert load_attachment(tmp_path / "kept").dose == 0.25
+    assert (tmp_path / "kept" / "tensors.safetensors").read_bytes() == before
+    with pytest.raises(RejectedError, match="AG-RCP-004"):
+        rewrite_dose(tmp_path / "gone", 0.25)

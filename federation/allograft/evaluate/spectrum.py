@@ -23,7 +23,7 @@ from allograft.evaluate.screen import ModuleFigures
 from allograft.recipes.base import Attachment
 from allograft.recipes.delta import delta_places, packed_directions
 from allograft.recipes.factors import unpack
-from allograft.recipes.facts import DeltaFacts, LoraFacts, OrganFacts
+from allograft.recipes.facts import DeltaFacts, ExpertFacts, LoraFacts, OrganFacts
 from allograft.recipes.lora import changes_of
 from allograft.recipes.patch import LowRank, make_dense, original_weight
 from allograft.recipes.stack import starting_point
@@ -35,6 +35,7 @@ _ROWS = 256  # rows of a dense change that are squared at a time
 _ENTRIES = 1 << 16  # entries of B A that its kurtosis is estimated from
 
 _LORA_STEM = re.compile(r"^.+?\.\d+\.")
+_EXPERT = re.compile(r"^expert\..*\.\d+\.(?P<name>.+)$")
 _ORGAN = re.compile(r"^blocks\.\d+\.(?P<name>.+)$")
 _VECTOR = re.compile(r"^blocks\.\d+\.(?P<name>.+)\.change$")
 
@@ -50,7 +51,7 @@ def weigh_attachment(
         seed: Of the random projections and the sampled entries.
 
     Returns:
-        Nothing for kinds that change no weights of the base.
+        Nothing for other kinds, and for experts whose base is not here.
     """
     found: dict[str, ModuleFigures] = {}
     generator = torch.Generator().manual_seed(seed)
@@ -80,6 +81,14 @@ def _modules(
         for name, value in sorted(attachment.tensors.items()):
             if match := _VECTOR.match(name):
                 yield match["name"], _weigh_matrix(value.float()[:, None], generator)
+    elif isinstance(facts, ExpertFacts):
+        # Without its base, what was learnt cannot be told from what was there before.
+        start = starting_point(attachment, model)
+        for name, value in sorted(attachment.tensors.items()):
+            match = _EXPERT.match(name)
+            if match and name in start:
+                learnt = value.float() - start[name].float()
+                yield match["name"], _weigh_matrix(learnt.reshape(len(learnt), -1), generator)
     elif isinstance(facts, OrganFacts):
         start = starting_point(attachment, model)
         for name, value in sorted(attachment.tensors.items()):

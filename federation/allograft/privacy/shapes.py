@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -36,27 +36,39 @@ GAIN_FLOOR = 1.0
 _BLOCK = re.compile(r"(?:.+\.)?(?:layers|h)\.(\d{1,5})\.([A-Za-z0-9_.]{1,128})")
 # GPT-2 files carry the causal mask as a tensor; it is a constant and no part of a block.
 _CONSTANTS = re.compile(r"attn\.(?:masked_)?bias|(?:.+\.)?rotary_emb\.inv_freq")
-_TOKENS = {
-    EMBEDDING: re.compile(r"(?:.+\.)?(?:embed_tokens|wte)\.weight"),
-    HEAD: re.compile(r"lm_head\.weight"),
-}
-_GAIN = re.compile(r"(?:.+\.)?(?:[a-z_]*norm|ln_\d)\.weight")
+_EMBEDDINGS = ("model.embed_tokens.weight", "transformer.wte.weight")
+_HEAD = "lm_head.weight"
+_OTHER = re.compile(
+    r"(?:.+\.)?((?:embed_tokens|wte|wpe|norm)\.weight|ln_f\.(?:weight|bias)|lm_head\.weight)"
+)
+_GAIN = re.compile(r"(?:.+\.)?(?:[a-z_]*norm|ln_[\df])\.weight")
 _CONFIG_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class BaseTensors:
-    """The tensors of a base model that packets may change.
+    """The tensors of a base model.
 
     Attributes:
         blocks: For each block, its tensors by their name inside the block.
         transposed: Whether matrices are stored input-first (GPT-2's Conv1D).
-        tokens: `embedding`, and `head` where the files hold one.
+        others: Embeddings, last norm and head, by the name that transformers gives them.
     """
 
     blocks: tuple[Mapping[str, BaseTensor], ...]
     transposed: bool
-    tokens: Mapping[str, BaseTensor] = field(default_factory=dict)
+    others: Mapping[str, BaseTensor]
+
+    @property
+    def trunk(self) -> str:
+        """What transformers puts before a block's number."""
+        return "transformer.h" if self.transposed else "model.layers"
+
+    @property
+    def tokens(self) -> dict[str, BaseTensor]:
+        """The matrices over the vocabulary, by what a delta calls them."""
+        named = dict.fromkeys(_EMBEDDINGS, EMBEDDING) | {_HEAD: HEAD}
+        return {named[n]: tensor for n, tensor in self.others.items() if n in named}
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +99,7 @@ def read_base(directory: Path) -> BaseTensors:
     """
     family = _family(directory)
     blocks: dict[int, dict[str, BaseTensor]] = {}
-    tokens: dict[str, BaseTensor] = {}
+    others: dict[str, BaseTensor] = {}
     for path in sorted(directory.glob("*.safetensors")):
         with path.open("rb") as handle:
             table = read_table(handle, LOCAL_RULES)
@@ -95,13 +107,13 @@ def read_base(directory: Path) -> BaseTensors:
             match = _BLOCK.fullmatch(entry.name)
             if match and not _CONSTANTS.fullmatch(match[2]):
                 blocks.setdefault(int(match[1]), {})[match[2]] = BaseTensor(path, entry)
-            for target, pattern in _TOKENS.items():
-                if pattern.fullmatch(entry.name):
-                    tokens[target] = BaseTensor(path, entry)
+            elif match := _OTHER.fullmatch(entry.name):
+                trunk = "transformer." if family == "gpt2" else "model."
+                name = match[1] if match[1] == _HEAD else trunk + match[1]
+                others[name] = BaseTensor(path, entry)
     if not blocks or sorted(blocks) != list(range(len(blocks))):
         raise RejectedError("AG-PRV-042", "the base's files do not hold a whole stack of blocks")
-    ordered = tuple(blocks[i] for i in range(len(blocks)))
-    return BaseTensors(ordered, family == "gpt2", tokens)
+    return BaseTensors(tuple(blocks[i] for i in range(len(blocks))), family == "gpt2", others)
 
 
 def _family(directory: Path) -> str:
@@ -123,6 +135,12 @@ def allow_list(kind: str, facts: Mapping[str, canonical.Json], base: BaseTensors
             malformed facts, AG-PRV-040 or AG-PKT-028 for facts that do not fit the base.
     """
     name = find_kind(kind).name
+    if name == "expert":
+        carrier = canonical.as_text(facts.get("carrier"))
+        if carrier in {"organ", "lora"}:
+            return allow_list(carrier, canonical.as_mapping(facts.get("inner")), base)
+        stated = canonical.as_mapping(facts.get("settings"))
+        return model_tensors(base, tied=canonical.as_bool(stated.get("tie_word_embeddings")))
     if name == "lora":
         settings = read_adapter_settings(facts)
         return lora_tensors(base, settings)
@@ -147,6 +165,27 @@ def organ_tensors(base: BaseTensors, source: int, count: int) -> AllowList:
     }
 
 
+def model_tensors(base: BaseTensors, *, tied: bool) -> AllowList:
+    """Every tensor of a whole model that was trained from the base.
+
+    Args:
+        base: The base.
+        tied: Whether its head is its embeddings, and no tensor of its own.
+
+    Raises:
+        RejectedError: AG-PRV-040 if the base's files lack a head of its own.
+    """
+    named = {
+        f"{base.trunk}.{number}.{name}": tensor
+        for number, block in enumerate(base.blocks)
+        for name, tensor in block.items()
+    }
+    named |= {n: t for n, t in base.others.items() if not (tied and n == _HEAD)}
+    if not tied and _HEAD not in named:
+        raise RejectedError("AG-PRV-040", "the base's files hold no head")
+    return {n: AllowedTensor(t.shape, _ceiling(n, t)) for n, t in named.items()}
+
+
 def lora_tensors(base: BaseTensors, settings: AdapterSettings) -> AllowList:
     """The tensors of a low-rank adapter, named as PEFT names them.
 
@@ -160,7 +199,6 @@ def lora_tensors(base: BaseTensors, settings: AdapterSettings) -> AllowList:
     """
     allowed: dict[str, AllowedTensor] = {}
     limit = RMS_FACTOR * RMS_FLOOR
-    trunk = "transformer.h" if base.transposed else "model.layers"
     rank = settings.rank
     for module in settings.target_modules:
         found = list(_matrices(base, module))
@@ -170,7 +208,7 @@ def lora_tensors(base: BaseTensors, settings: AdapterSettings) -> AllowList:
             outputs, inputs = tensor.shape[::-1] if base.transposed else tensor.shape
             if not 1 <= rank <= min(outputs, inputs):
                 raise RejectedError("AG-PRV-040", f"rank {rank} does not fit its matrix")
-            stem = f"base_model.model.{trunk}.{number}.{name}"
+            stem = f"base_model.model.{base.trunk}.{number}.{name}"
             if not settings.frozen_a:
                 allowed[f"{stem}.lora_A.weight"] = AllowedTensor((rank, inputs), limit)
             allowed[f"{stem}.lora_B.weight"] = AllowedTensor((outputs, rank), limit)

@@ -3,10 +3,12 @@
 
 - `base`: the Recipe protocol, the values between its verbs, the registry of kinds. No tensors.
 - `facts`: what a statement says about the weights of each kind. No tensors either.
-- `organ`, `lora`, `delta`: the kinds that ship.
-- `blocks`, `patch`: the two ways to change a model: inserted blocks, changes of weights.
+- `organ`, `lora`, `delta`, `expert`: the kinds that ship.
+- `blocks`, `patch`, `mixture`: the ways to change what a model says: inserted blocks, changes of
+  weights, words of another model mixed in. `blueprint`: that other model, from facts.
 - `factors`: a change of a matrix as quantised directions.
-- `attachment`, `stack`, `export`: fitted packets on disk, on a model, and as ordinary snapshots.
+- `attachment`, `stack`, `router`, `export`: fitted packets on disk, on a model, one for each
+  request, and as ordinary snapshots.
 - `documents`, `windows`: text files to documents, without tensors; documents to token windows.
 - `snapshot`: model directories to models, and their digest.
 - `plan`, `loop`, `resume`: how to train, the one training loop, and its resumable state.

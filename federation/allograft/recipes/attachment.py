@@ -104,6 +104,19 @@ def save_attachment(attachment: Attachment, directory: Path) -> None:
     durable_write(directory / _MANIFEST, canonical.dumps(manifest))
 
 
+def rewrite_dose(directory: Path, dose: float) -> None:
+    """Change the dose of a stored attachment; its tensors are not touched.
+
+    Raises:
+        RejectedError: AG-RCP-004 if it is not there.
+    """
+    try:
+        manifest = canonical.as_mapping(canonical.loads((directory / _MANIFEST).read_bytes()))
+    except OSError as error:
+        raise RejectedError("AG-RCP-004", f"cannot read it: {type(error).__name__}") from error
+    durable_write(directory / _MANIFEST, canonical.dumps({**manifest, "dose": dose}))
+
+
 def load_attachment(directory: Path, allowed: frozenset[str] = BUILT_IN_KINDS) -> Attachment:
     """Read an attachment that `save_attachment` wrote.
 

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from allograft.crypto import canonical
@@ -23,6 +24,10 @@ from allograft.recipes.facts import EXPERT_SETTINGS, ExpertFacts
 
 #: Beginning and end marks, which transformers would otherwise take from the family's own tokenizer.
 _MARKS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+_NO_CONFIG = (
+    StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError,
+)  # fmt: skip
 
 
 def read_settings(config: Any) -> dict[str, canonical.Json]:
@@ -55,7 +60,8 @@ def build_config(facts: ExpertFacts) -> Any:
         "rope_parameters": canonical.loads(shape.rope.encode()) if shape.rope else None,
         # A limit that a donor left open is none, whatever the family's own default.
         **dict.fromkeys(EXPERT_SETTINGS),
-        **facts.settings,
+        # By their types: JSON has no 30.0, and configurations insist on it.
+        **{name: EXPERT_SETTINGS[name](value) for name, value in facts.settings.items()},
         **dict.fromkeys(_MARKS),
     }
     try:
@@ -65,7 +71,7 @@ def build_config(facts: ExpertFacts) -> Any:
         )
         described = surgery.describe_model(config)
     # Whatever a library makes of numbers from outside, they describe no model.
-    except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError) as error:
+    except _NO_CONFIG as error:
         raise RejectedError("AG-RCP-002", f"not a configuration: {type(error).__name__}") from error
     if described != shape:
         raise RejectedError("AG-RCP-002", "the settings contradict the expert's shape")
@@ -77,7 +83,7 @@ def tensor_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-    except (ValueError, TypeError, KeyError, RuntimeError, ArithmeticError) as error:
+    except (*_NO_CONFIG, RuntimeError) as error:
         raise RejectedError("AG-RCP-002", f"not a model: {type(error).__name__}") from error
     return {name: tuple(value.shape) for name, value in own_parameters(model).items()}
 
@@ -124,7 +130,8 @@ def describe_whole(model: PreTrainedModel) -> tuple[ModelShape, dict[str, canoni
         )
     config._attn_implementation = model.config._attn_implementation
     twin = build_model(config, tensors).to(model.device)
-    ids = torch.arange(min(shape.vocab, 32), device=model.device)[None]
+    length = min(shape.vocab, config.max_position_embeddings, 32)
+    ids = torch.arange(length, device=model.device)[None]
     with torch.no_grad():
         ours = model(input_ids=ids, use_cache=False).logits
         theirs = twin(input_ids=ids, use_cache=False).logits

@@ -40,9 +40,9 @@ from allograft.recipes.base import (
     ModelCard,
     Payload,
     Plan,
-    Recipe,
     Recipient,
     Verdict,
+    load_recipe,
 )
 from allograft.recipes.blueprint import (
     build_config,
@@ -53,9 +53,7 @@ from allograft.recipes.blueprint import (
 )
 from allograft.recipes.facts import ExpertFacts, check_statement
 from allograft.recipes.loop import SNAPSHOT, train
-from allograft.recipes.lora import LoraRecipe
 from allograft.recipes.mixture import Expert, add_expert, remove_expert, set_expert_dose
-from allograft.recipes.organ import OrganRecipe
 from allograft.recipes.patch import has_attachments
 from allograft.recipes.plan import ExpertPlan, LoopPlan, LoraPlan, OrganPlan
 from allograft.recipes.snapshot import load_model
@@ -104,8 +102,8 @@ class ExpertRecipe:
             raise RejectedError("AG-RCP-022", "an expert is trained from a plain model")
         if choices.carrier == "whole":
             return _extract_whole(donor, plan, choices)
-        recipe, inner = _change_plan(choices)
-        made = recipe.extract(donor, replace(plan, recipe=inner))
+        inner = _change_plan(choices)
+        made = load_recipe(choices.carrier).extract(donor, replace(plan, recipe=inner))
         (file,) = made.files
         os.replace(file, donor.workdir / PAYLOAD)
         fields = made.facts.to_json()
@@ -154,15 +152,9 @@ class ExpertRecipe:
         assert isinstance(facts, ExpertFacts)
         if facts.shape.vocab != surgery.base_shape(model).vocab:
             raise RejectedError("AG-RCP-011", "the expert was made with another vocabulary")
-        config = build_config(facts)
-        expert, base = (
-            build_model(config, found).to(model.device)  # type: ignore[arg-type]
-            if (found := _unnamed(prefix, attachment.tensors))
-            and (prefix == _EXPERT or facts.mixing == "difference")
-            else None
-            for prefix in (_EXPERT, _BASE)
-        )
-        assert expert is not None
+        expert = _build(facts, attachment, _EXPERT, model)
+        difference = facts.mixing == "difference"
+        base = _build(facts, attachment, _BASE, model) if difference else None
         beside = Expert(expert, base, attachment.dose, facts.gate)
         add_expert(model, attachment.attachment_id, beside)
         return ExpertHandle(attachment, model)
@@ -181,10 +173,11 @@ def measure_cost(attachment: Attachment, model: PreTrainedModel) -> float:
 
     The median of a few rounds of cached greedy tokens, the two taking turns.
     """
-    ids = torch.zeros((1, 8), dtype=torch.long, device=model.device)
+    tokens = min(_COST_TOKENS, int(model.config.max_position_embeddings) // 2)
+    ids = torch.zeros((1, 1), dtype=torch.long, device=model.device)
     plan = GenerationConfig(
-        max_new_tokens=_COST_TOKENS,
-        min_new_tokens=_COST_TOKENS,
+        max_new_tokens=tokens,
+        min_new_tokens=tokens,
         do_sample=False,
         pad_token_id=0,
     )
@@ -210,17 +203,17 @@ def measure_cost(attachment: Attachment, model: PreTrainedModel) -> float:
     return statistics.median(ratios)
 
 
-def _change_plan(choices: ExpertPlan) -> tuple[Recipe, OrganPlan | LoraPlan]:
+def _change_plan(choices: ExpertPlan) -> OrganPlan | LoraPlan:
     if choices.carrier == "organ":
-        return OrganRecipe(), OrganPlan(choices.blocks, position=choices.position)
+        return OrganPlan(choices.blocks, position=choices.position)
     if choices.carrier == "lora":
-        return LoraRecipe(), LoraPlan(choices.rank, choices.alpha)
+        return LoraPlan(choices.rank, choices.alpha)
     raise RejectedError("AG-RCP-035", "an expert is carried by whole, organ or lora")
 
 
 def _extract_whole(donor: Donor, plan: Plan, choices: ExpertPlan) -> Extract:
     shape, settings = describe_whole(donor.model)
-    dtype = str(next(donor.model.parameters()).dtype).removeprefix("torch.")
+    dtype = _dtype_name(donor.model)
     facts = ExpertFacts(shape, "whole", choices.mixing, choices.gate, dtype, settings, {})
     with _learning(donor.model, plan.loop) as (twin, parameters):
 
@@ -296,7 +289,7 @@ def _make_whole(
     The latter are the base's own, with silent blocks where an organ was inserted, so that both
     models have one configuration.
     """
-    recipe = LoraRecipe() if facts.carrier == "lora" else OrganRecipe()
+    recipe = load_recipe(facts.carrier)
     (name,) = find_kind(facts.carrier).parts
     with tempfile.TemporaryDirectory(dir=payload.directory) as directory:
         # Under the name that its kind reads; a link costs no space.
@@ -312,8 +305,15 @@ def _make_whole(
     recipe.detach(handle)
     recipe.attach(change, base)
     shape, settings = describe_whole(base)
-    whole = replace(facts, shape=shape, carrier="whole", settings=settings, inner={})
-    return whole, _copy_weights(base), start
+    made = _copy_weights(base)
+    whole = replace(
+        facts, shape=shape, carrier="whole", dtype=_dtype_name(base), settings=settings, inner={}
+    )
+    return whole, made, start
+
+
+def _dtype_name(model: PreTrainedModel) -> str:
+    return str(model.dtype).removeprefix("torch.")
 
 
 def _copy_weights(
@@ -325,13 +325,17 @@ def _copy_weights(
     }
 
 
-def _named(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {f"{prefix}{name}": value for name, value in tensors.items()}
-
-
-def _unnamed(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {
-        name.removeprefix(prefix): value
-        for name, value in tensors.items()
+def _build(
+    facts: ExpertFacts, attachment: Attachment, prefix: str, beside: PreTrainedModel
+) -> PreTrainedModel:
+    """One of an attachment's models, in the type and place of the model it will run beside."""
+    tensors = {
+        name.removeprefix(prefix): value.to(beside.dtype)
+        for name, value in attachment.tensors.items()
         if name.startswith(prefix)
     }
+    return build_model(build_config(facts), tensors).to(beside.device)
+
+
+def _named(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"{prefix}{name}": value for name, value in tensors.items()}

@@ -12,14 +12,15 @@ from __future__ import annotations
 import contextlib
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save
-from transformers import PreTrainedModel
 
+from allograft.crypto import canonical
 from allograft.durable import durable_write, storage_errors, sync_directory
 from allograft.errors import RejectedError
 from allograft.packet.adapter import CONFIG_NAME, AdapterSettings, render_adapter_config
@@ -32,35 +33,70 @@ from allograft.recipes.delta import packed_directions
 from allograft.recipes.factors import unpack
 from allograft.recipes.facts import DeltaFacts, LoraFacts
 from allograft.recipes.lora import PAYLOAD, PREFIX, fold_dose
+from allograft.recipes.mixture import has_experts
+from allograft.recipes.patch import has_attachments
+from allograft.recipes.stack import Stack, stack_digest
+
+#: What is inside an export, written beside its weights.
+CONTENTS_NAME = "allograft-contents.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where the attachments of an export came from, as far as it is known.
+
+    Attributes:
+        base: Weights digest (hex) of the model they were attached to; empty if unknown.
+        donors: The donor of each packet, by packet id.
+    """
+
+    base: str = ""
+    donors: Mapping[str, str] = field(default_factory=dict)
 
 
 def export_merged(
-    model: PreTrainedModel, tokenizer: Any, directory: Path, ancestry: Ancestry | None = None
+    stack: Stack,
+    tokenizer: Any,
+    directory: Path,
+    source: Source | None = None,
+    ancestry: Ancestry | None = None,
 ) -> None:
     """Write a model with its attachments as one snapshot for `from_pretrained`.
 
     Args:
-        model: With attachments at their doses.
+        stack: The model with attachments at their doses; all of them are in the stack.
         tokenizer: Written beside it.
         directory: Must not exist yet.
-        ancestry: The packets inside, written beside it as well.
+        source: What the list of contents says beyond the stack.
+        ancestry: The packets inside with their licences, written beside it as well.
 
     Raises:
-        RejectedError: AG-RCP-024 if the directory exists, or if blocks stand beside others: no
-            stock model has such a place for them.
+        RejectedError: AG-RCP-024 if the directory exists, if the model carries something that the
+            stack does not know, if blocks stand beside others, since no stock model has such a
+            place for them, or if an expert speaks beside it: no weight holds its words.
         UnavailableError: AG-STO-001 when the disk is full.
     """
-    if any(sides_of(block) for block in model_blocks(model)):
+    if any(sides_of(block) for block in model_blocks(stack.model)):
         raise RejectedError("AG-RCP-024", "blocks beside a block cannot be merged into a snapshot")
+    if has_experts(stack.model):
+        raise RejectedError("AG-RCP-024", "an expert is no part of the model's weights")
+    if has_attachments(stack.model) and not stack.attachments:
+        raise RejectedError("AG-RCP-024", "the model carries attachments that are not listed")
     with _new_directory(directory) as temporary:
-        model.save_pretrained(temporary)
+        stack.model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
+        contents = describe_contents("merged", stack.attachments, source or Source())
+        durable_write(temporary / CONTENTS_NAME, contents)
         if ancestry is not None:
             durable_write(temporary / FILE_NAME, ancestry.to_bytes())
 
 
 def export_peft(
-    attachment: Attachment, directory: Path, base_model: str = "", base: Path | None = None
+    attachment: Attachment,
+    directory: Path,
+    base_model: str = "",
+    base: Path | None = None,
+    source: Source | None = None,
 ) -> None:
     """Write a LoRA, or a delta of blocks' matrices, as a directory for `PeftModel.from_pretrained`.
 
@@ -70,6 +106,7 @@ def export_peft(
         base_model: What the configuration should name as its base; empty leaves it open.
         base: The directory of the base: a delta needs its shapes, and DoRA at a part of its dose
             its weights.
+        source: What the list of contents says beyond the attachment.
 
     Raises:
         RejectedError: AG-RCP-024 for other kinds and for deltas that change more than matrices of
@@ -92,6 +129,27 @@ def export_peft(
     with _new_directory(directory) as temporary:
         durable_write(temporary / PAYLOAD, save(tensors, {"format": "pt"}))
         durable_write(temporary / CONFIG_NAME, config)
+        contents = describe_contents("peft", (attachment,), source or Source())
+        durable_write(temporary / CONTENTS_NAME, contents)
+
+
+def describe_contents(
+    form: Literal["merged", "peft"], attachments: Sequence[Attachment], source: Source
+) -> bytes:
+    """What an export holds, as canonical JSON: base, packets, kinds, doses, donors."""
+    inside: list[canonical.Json] = [
+        {
+            "packet_id": entry.attachment_id,
+            "kind": entry.kind,
+            "dose": entry.dose,
+            "donor": source.donors.get(entry.attachment_id, ""),
+        }
+        for entry in attachments
+    ]
+    digest = stack_digest(attachments)
+    return canonical.dumps(
+        {"v": 1, "form": form, "base": source.base, "stack": digest, "inside": inside}
+    )
 
 
 def _as_adapter(

@@ -317,11 +317,10 @@ class ExpertFacts:
         Raises:
             RejectedError: AG-RCP-002 for an unknown carrier or a whole model.
         """
-        reader = {"organ": OrganFacts.from_json, "lora": LoraFacts.from_json}.get(self.carrier)
-        if reader is None:
+        if self.carrier not in {"organ", "lora"}:
             raise RejectedError("AG-RCP-002", "nothing known carries the expert")
-        shape: dict[str, canonical.Json] = {"shape": self.shape.to_json(), "dtype": self.dtype}
-        return reader({**self.inner, **shape})
+        whole = {**self.inner, "shape": self.shape.to_json(), "dtype": self.dtype}
+        return read_facts(self.carrier, whole)
 
     def _check_settings(self) -> None:
         for name, value in self.settings.items():

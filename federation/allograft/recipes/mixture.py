@@ -20,6 +20,7 @@ that goes: a cache without it, or of another length, is refused rather than read
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -35,6 +36,9 @@ from allograft.errors import RejectedError
 
 _MIXTURE = "allograft_mixture"
 _COMPANIONS = "allograft_companions"
+
+#: What transformers calls a cache, since 5.24 and before.
+_CACHE_NAMES = ("cache", "past_key_values")
 
 #: What reorders, repeats or shortens a cache; companions must follow.
 _MOVES = ("reorder_cache", "batch_select_indices", "batch_repeat_interleave", "crop", "reset")
@@ -100,7 +104,8 @@ class _Call:
             raise RejectedError("AG-RCP-025", "the mask is not one row per text")
         self.ids, self.mask, self.positions = ids, mask, named.get("position_ids")
         self.kept = named.get("logits_to_keep") or 0
-        self.cache: Cache | None = output.get("past_key_values")
+        names = [name for name in _CACHE_NAMES if name in output]
+        self.cache: Cache | None = output[names[0]] if names else None
         self.seen = 0 if self.cache is None else int(self.cache.get_seq_length()) - ids.shape[1]
 
     def run(self, name: str, model: PreTrainedModel, most: int) -> torch.Tensor:
@@ -113,9 +118,9 @@ class _Call:
             input_ids=self.ids[:, cut],
             attention_mask=None if self.mask is None else self.mask[:, : self.seen + most],
             position_ids=None if self.positions is None else self.positions[:, cut],
-            past_key_values=cache,
             use_cache=cache is not None,
             logits_to_keep=self.kept,
+            **{_cache_name(model): cache},
         )
         logits: torch.Tensor = found.logits
         return logits
@@ -130,6 +135,11 @@ class _Call:
         if int(cache.get_seq_length()) != self.seen:
             raise RejectedError("AG-RCP-025", "the cache began before the expert came")
         return cache
+
+
+def _cache_name(model: PreTrainedModel) -> str:
+    known = inspect.signature(model.forward).parameters
+    return next(name for name in _CACHE_NAMES if name in known)
 
 
 def _mix_in(key: str, expert: Expert, call: _Call, logits: torch.Tensor) -> torch.Tensor:

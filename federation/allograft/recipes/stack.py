@@ -71,17 +71,29 @@ class Stack:
                 self.detach(key)
             raise
 
+    def set_dose(self, attachment_id: str, dose: float) -> None:
+        """Change the dose of an attachment in place.
+
+        Raises:
+            RejectedError: AG-RCP-021 for a bad dose, AG-RCP-023 if it is not on the model.
+        """
+        self._handle(attachment_id).set_dose(dose)
+
     def detach(self, attachment_id: str) -> None:
         """Take an attachment off, whatever came before or after it.
 
         Raises:
             RejectedError: AG-RCP-023 if it is not on the model.
         """
+        handle = self._handle(attachment_id)
+        load_recipe(handle.attachment.kind, self._allowed).detach(handle)
+        del self._handles[attachment_id]
+
+    def _handle(self, attachment_id: str) -> Handle:
         handle = self._handles.get(attachment_id)
         if handle is None:
             raise RejectedError("AG-RCP-023", "the attachment is not on this model")
-        load_recipe(handle.attachment.kind, self._allowed).detach(handle)
-        del self._handles[attachment_id]
+        return handle
 
     def digest(self) -> str:
         """SHA-256 (hex) that names this set of attachments at their doses."""

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from allograft.packet.kinds import KINDS
 from allograft.routing.card import ANY_DONOR, Card, ModelFacts
 from allograft.routing.offer import Offer
 from allograft.routing.route import Proposal
 
 #: Best first.
-_RANKS = {"exact": 0, "lineage": 1, "refuse": 2}
+_RANKS = {"exact": 0, "lineage": 1, "behavioural": 2, "refuse": 3}
 
 
 def match_offer(offer: Offer, cards: Iterable[Card]) -> tuple[Proposal, ...]:
@@ -47,6 +48,9 @@ def _unwanted(offer: Offer, card: Card) -> str:
 
 
 def _match_model(offer: Offer, site: str, model: ModelFacts) -> Proposal:
+    kind = KINDS.get(offer.kind)
+    if kind is not None and kind.binds == "tokenizer":
+        return _match_tokenizer(offer, site, model)
     if model.weights_digest == offer.base.weights_digest:
         if model.tokenizer_digest == offer.base.tokenizer_digest:
             return Proposal(site, "exact", "the same base weights and tokenizer")
@@ -68,3 +72,10 @@ def _match_model(offer: Offer, site: str, model: ModelFacts) -> Proposal:
     return Proposal(
         site, "lineage", "the same shape and tokenizer; descent is for the recipient to test"
     )
+
+
+def _match_tokenizer(offer: Offer, site: str, model: ModelFacts) -> Proposal:
+    ours = model.tokenizer_digest, model.architecture.vocab
+    if ours != (offer.base.tokenizer_digest, offer.base.architecture.vocab):
+        return Proposal(site, "refuse", "another tokenizer")
+    return Proposal(site, "behavioural", "the same tokenizer; it works beside any such model")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Literal
+from typing import Literal, get_args
 
 from allograft.crypto import canonical
 from allograft.crypto.keys import SigningKey
@@ -20,8 +20,9 @@ from allograft.routing import document
 ROUTE_TYPE = "urn:allograft:route:v1"
 
 #: exact: the same base weights. lineage: the same shape and tokenizer; the recipient must test
-#: descent itself, because same shape is not compatibility. refuse: no use for this site.
-Verdict = Literal["exact", "lineage", "refuse"]
+#: descent itself, because same shape is not compatibility. behavioural: the same tokenizer, for
+#: kinds that need no more. refuse: no use for this site.
+Verdict = Literal["exact", "lineage", "behavioural", "refuse"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +104,7 @@ def _read_route(statement: document.Statement) -> Route:
 def _read_proposal(value: canonical.Json) -> Proposal:
     fields = canonical.as_object(value, {"site", "verdict", "reason"})
     verdict = canonical.as_text(fields["verdict"])
-    if verdict not in {"exact", "lineage", "refuse"}:
+    if verdict not in get_args(Verdict):
         raise RejectedError("AG-RTE-001", "unknown verdict")
     return Proposal(
         site=document.read_site(fields["site"]),
