@@ -20,8 +20,8 @@ from allograft.crypto import canonical
 from allograft.errors import RejectedError
 from allograft.evaluate.bootstrap import Losses
 from allograft.evaluate.loss import measure_tokens
-from allograft.evaluate.transfer.bench import HELD_OUT, Bench, Packet
-from allograft.evaluate.transfer.cell import Cell, Measured, Point, Role
+from allograft.evaluate.transfer.bench import Bench, Packet
+from allograft.evaluate.transfer.cell import HELD_OUT, Cell, Measured, Point, Role
 from allograft.evaluate.transfer.footprint import footprint
 from allograft.evaluate.transfer.ngram import NgramModel, mix
 from allograft.evaluate.transfer.plan import Arm
@@ -217,7 +217,7 @@ def _ngram(bench: Bench, task: Task) -> Cell:
     held = bench.held(task.recipient)
     mixed: dict[float, dict[str, Losses]] = {weight: {} for weight in _NGRAM_WEIGHTS}
     for name in HELD_OUT:
-        prepared = getattr(held, name)
+        prepared = held.documents[name]
         own = measure_tokens(model, prepared)
         other = [
             table.probabilities(tokenizer.encode(text, verbose=False))
@@ -330,7 +330,7 @@ def _measure_doses(
     label: str = "",
 ) -> list[Point]:
     recipe, held = load_recipe(attachment.kind), bench.held(task.recipient)
-    seal = seal_state(model, held.validation)
+    seal = seal_state(model, held.documents["validation"])
     points = []
     for dose in doses or attachment.doses:
         with attached(recipe, replace(attachment, dose=dose), model, seal):
