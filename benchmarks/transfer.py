@@ -25,6 +25,7 @@ from typing import Any
 
 from allograft.cli.demo.text import cut_pages
 from allograft.cli.evaluate import run_report
+from allograft.evaluate.transfer.cell import Role
 from allograft.evaluate.transfer.figures import Figures
 from allograft.evaluate.transfer.plan import ARMS, SIZES, MatrixPlan
 from allograft.evaluate.transfer.text import Question, Sources, make_texts
@@ -35,6 +36,9 @@ from benchmarks.report import Figure, Options, publish
 _SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 _GENERAL = _SHARED / "general"
 _RESULTS = Path(__file__).resolve().parent / "results"
+
+#: Share of the oracle's gain that each recipe should reach on the donor's own base.
+_RECOVERY = {"organ": ">= 0.7", "lora r8": ">= 0.85", "delta": ">= 0.9"}
 
 _LEAST_ANSWER = 200  # characters
 _HELD_OUT_CONTRACTS = 5  # every fifth
@@ -142,12 +146,32 @@ def _records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def summarise(figures: Figures, seconds: float) -> list[Figure]:
-    """The figures of RESULTS.md: recovery at full dose on the base and on its relative."""
+    """The figures of RESULTS.md: what was promised of each recipe, and what it reached."""
     found = [Figure("seconds", seconds, "s", "<= 5400")]
-    for row in figures.rows:
-        if row.recovery is not None and "full" in row.chosen_by:
-            name = f"{row.arm.replace(' ', '_')}_{row.recipient}_recovery"
-            found.append(Figure(name, row.recovery.value, ""))
+    rows = {
+        (row.arm, row.recipient, each): row
+        for row in figures.rows
+        for each in row.chosen_by.split(", ")
+        if row.role is Role.RECIPE
+    }
+    base = figures.zero_shot[0].recipient
+    for arm in dict.fromkeys(arm for arm, _, _ in rows):
+        full, gate = (rows.get((arm, base, each)) for each in ("full", "gate"))
+        name = arm.replace(" ", "_")
+        if full is None or gate is None or full.recovery is None:
+            continue
+        target = _RECOVERY.get(arm, "")
+        found.append(Figure(f"{name}_recovery", full.recovery.value, "", target))
+        relative = rows.get((arm, "relative", "full"))
+        if relative is not None and relative.recovery is not None:
+            share = relative.recovery.value / full.recovery.value
+            found.append(Figure(f"{name}_relative_over_base", share, "x", ">= 0.9"))
+        gain, harm = (
+            gate.gain.value / full.gain.value,
+            gate.general.value / full.general.value,
+        )
+        found.append(Figure(f"{name}_gate_gain_share", gain, "x", ">= 0.65"))
+        found.append(Figure(f"{name}_gate_harm_share", harm, "x", "<= 0.5"))
     return found
 
 

@@ -2,8 +2,9 @@
 """Text and sizes for the referee's tests."""
 
 import random
+from dataclasses import replace
 
-from allograft.evaluate.transfer.plan import Size
+from allograft.evaluate.transfer.plan import ARMS, Size
 from allograft.evaluate.transfer.text import Amounts, Question, Sources
 from allograft.recipes.documents import Document
 from allograft.recipes.shape import Shape
@@ -40,6 +41,9 @@ TINY = Size(
     amounts=Amounts(8_000, 8_000, 3, 4, 160),
     seeds=2,
 )
+
+
+TINY_ARMS = tuple(replace(arm, rates=arm.rates[:1]) for arm in ARMS)
 
 
 def sentences(words: str, count: int, seed: int) -> list[Document]:

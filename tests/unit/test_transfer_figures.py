@@ -17,6 +17,7 @@ from allograft.evaluate.transfer.report import RunReport
 from allograft.evaluate.transfer.schedule import ORACLE, choose_rates, plan_cells, rate_tasks
 from allograft.evaluate.transfer.text import make_texts
 from allograft.recipes.plan import LoraPlan
+from benchmarks import transfer
 from kit.transfer import AMOUNTS, SOURCES
 
 DOCUMENTS = 40
@@ -200,6 +201,16 @@ def test_equal_lora_has_the_packets_bytes() -> None:
     (task,) = [t for t in plan((ARMS[1], ARMS[0])) if t.name.startswith("lora r16")]
     assert task.arm is not None
     assert task.arm.plan == LoraPlan(rank=16, alpha=32.0)  # twice the bytes, twice the rank
+
+
+def test_the_benchmark_holds_each_recipe_against_its_promise() -> None:
+    relative = [replace(each, recipient="relative") for each in (ZERO, FULL, LORA)]
+    found = {each.name: each for each in transfer.summarise(figures(*relative), 60.0)}
+    assert found["lora_r8_recovery"].value == pytest.approx(0.8)
+    assert found["lora_r8_recovery"].target == ">= 0.85"
+    assert found["lora_r8_relative_over_base"].value == pytest.approx(1.0)
+    assert found["lora_r8_gate_gain_share"].value == pytest.approx(5 / 8)
+    assert found["lora_r8_gate_harm_share"].value == pytest.approx(0.1 / 3)
 
 
 def test_plots_name_what_they_show() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import gc
 import resource
 import sys
 import time
@@ -57,7 +56,6 @@ def _settle() -> None:
 
     Else a training would reuse what an earlier one left, and seem to need nothing.
     """
-    gc.collect()
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5", "ascii")
