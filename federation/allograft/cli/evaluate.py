@@ -19,7 +19,7 @@ from allograft.evaluate.transfer.plan import ARMS, SIZES, MatrixPlan
 from allograft.evaluate.transfer.report import RunReport
 from allograft.evaluate.transfer.run import Progress, run_matrix
 from allograft.evaluate.transfer.text import MOST_SHARED, Sources, Texts, make_texts
-from allograft.evaluate.transfer.world import OwnModels
+from allograft.evaluate.transfer.world import OwnModels, is_large
 from allograft.recipes.documents import Document, read_documents, split_documents
 
 app = typer.Typer(add_completion=False)
@@ -68,9 +68,10 @@ def evaluate(
     if name not in SIZES:
         raise typer.BadParameter(f"--size is one of {', '.join(SIZES)}")
     arms = tuple(arm for arm in ARMS if not recipe or arm.kind in recipe or arm.reference)
-    plan = MatrixPlan(SIZES[name], arms, device, controls=controls)
-    texts = make_texts(_read_sources(data, general, wrong), plan.size.amounts)
+    scale = 0.1 if base is not None and is_large(base) else 1.0
+    plan = MatrixPlan(SIZES[name], arms, device, rate_scale=scale, controls=controls)
     own = OwnModels(base, _read_recipients(recipient or []))
+    texts = make_texts(_read_sources(data, general, wrong), plan.size.amounts)
     report = run_report(cache, texts, plan, own, workers)
     files = report.write(out or cache, "evaluation")
     emit(report.to_json(), format, lambda _: report.to_markdown() + _list(files))

@@ -8,4 +8,5 @@
 - `loss`: held-out loss per document, the only measurement the gate needs.
 - `trial`: attaches at each dose, measures, detaches bit-exactly, and reports.
 - `report`: the trial's typed report and its JSON form.
+- `transfer`: every recipe on every kind of recipient, beside controls (`allograft evaluate`).
 """

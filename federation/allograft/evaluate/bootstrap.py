@@ -119,6 +119,11 @@ def paired_recovery(
     return _ratio(before.nats - after.nats, before.nats - oracle.nats, plan)
 
 
+def mean_interval(values: npt.NDArray[np.float64], plan: Resampling | None = None) -> Interval:
+    """The mean of one value per document, with its interval."""
+    return _ratio(values, np.ones_like(values), plan)
+
+
 def _check_pair(before: Losses, after: Losses) -> None:
     if before.documents == 0:
         raise RejectedError("AG-EVA-001", "no document was measured")

@@ -12,5 +12,6 @@
 - `documents`, `windows`: text files to documents, without tensors; documents to token windows.
 - `snapshot`: model directories to models, and their digest.
 - `plan`, `loop`, `resume`: how to train, the one training loop, and its resumable state.
+- `shape`, `pretrain`: small models from nothing, for the demo and as references.
 - `prefix`: cached outputs of the frozen blocks below an organ.
 """

@@ -70,7 +70,7 @@ def read_python_text(held_out_tenths: int = 2) -> GeneralText:
     sides: tuple[list[str], list[str]] = ([], [])
     for name, text in (*_topics(), *_docstrings()):
         held = hashlib.sha256(name.encode()).digest()[0] % 10 < held_out_tenths
-        sides[held].extend(_chunks(text))
+        sides[held].extend(cut_pages(text))
     training = tuple(dict.fromkeys(sides[0]))
     # Topics and classes quote each other: what shares a paragraph with training is no test.
     known = " ".join(" ".join(chunk.split()) for chunk in training)
@@ -125,8 +125,8 @@ def _docstrings_of(tree: ast.Module) -> Iterator[str]:
                 yield text
 
 
-def _chunks(text: str) -> Iterator[str]:
-    """Consecutive paragraphs, joined up to about a page."""
+def cut_pages(text: str) -> Iterator[str]:
+    """Pages of a text: consecutive paragraphs, joined up to about a page."""
     least, most = _CHUNK_CHARS
     chunk = ""
     for paragraph in text.split("\n\n"):

@@ -20,9 +20,9 @@ from allograft.crypto import canonical
 from allograft.errors import RejectedError
 from allograft.evaluate.bootstrap import Losses
 from allograft.evaluate.loss import measure_tokens
-from allograft.evaluate.transfer.bench import HELD_OUT, Bench, Packet
-from allograft.evaluate.transfer.cell import Cell, Measured, Point, Role
-from allograft.evaluate.transfer.footprint import footprint
+from allograft.evaluate.transfer.bench import Bench, Packet
+from allograft.evaluate.transfer.cell import HELD_OUT, Cell, Measured, Point, Role
+from allograft.evaluate.transfer.footprint import Footprint, footprint
 from allograft.evaluate.transfer.ngram import NgramModel, mix
 from allograft.evaluate.transfer.plan import Arm
 from allograft.evaluate.transfer.world import BASE
@@ -94,15 +94,24 @@ def run_task(bench: Bench, task: Task) -> Cell:
     return METHODS[task.method](bench, task)
 
 
-def _cell(task: Task, points: Sequence[Point], packet: Packet | None = None) -> Cell:
-    cell = Cell(task.name, task.role, task.recipient, task.seed, tuple(points), rate=task.rate)
-    if packet is None:
-        return cell
-    return replace(
-        cell,
-        payload_bytes=packet.payload_bytes,
-        seconds=packet.seconds,
-        peak_bytes=packet.peak_bytes,
+def _cell(
+    task: Task,
+    points: Sequence[Point],
+    payload_bytes: int = 0,
+    cost: Footprint | Packet | None = None,
+) -> Cell:
+    """A filled cell; `cost` is that of the training behind it."""
+    cost = cost or Footprint()
+    return Cell(
+        arm=task.name,
+        role=task.role,
+        recipient=task.recipient,
+        seed=task.seed,
+        points=tuple(points),
+        rate=task.rate,
+        payload_bytes=payload_bytes,
+        seconds=cost.seconds,
+        peak_bytes=cost.peak_bytes,
     )
 
 
@@ -121,10 +130,10 @@ def _recipe(bench: Bench, task: Task) -> Cell:
     # refusal was worth.
     try:
         points = _measure_doses(bench, task, _fit(task, packet, model), model)
-    except RejectedError:
-        if verdict.level != "refuse":
+    except RejectedError as error:
+        if verdict.level != "refuse" or error.code == "AG-EVA-003":
             raise
-    cell = _cell(task, points, packet)
+    cell = _cell(task, points, packet.payload_bytes, packet)
     return replace(cell, verdict=verdict.level, code=verdict.code, reason=verdict.reason)
 
 
@@ -132,7 +141,7 @@ def _null(bench: Bench, task: Task) -> Cell:
     """Noise of the packet's own norm, drawn anew for each seed."""
     packet, model = _packet(bench, task), bench.model(task.recipient)
     noise = null_packet(_fit(task, packet, model), model, seed=1000 + task.seed)
-    return _cell(task, _measure_doses(bench, task, noise, model), packet)
+    return _cell(task, _measure_doses(bench, task, noise, model), packet.payload_bytes, packet)
 
 
 def _untrained(bench: Bench, task: Task) -> Cell:
@@ -143,7 +152,7 @@ def _untrained(bench: Bench, task: Task) -> Cell:
     assert isinstance(facts, OrganFacts)
     copies = surgery.copy_blocks(model, facts.source, facts.blocks)
     changed = replace(attachment, tensors=_block_tensors(copies))
-    return _cell(task, _measure_doses(bench, task, changed, model), packet)
+    return _cell(task, _measure_doses(bench, task, changed, model), packet.payload_bytes, packet)
 
 
 def _full(bench: Bench, task: Task) -> Cell:
@@ -157,11 +166,11 @@ def _full(bench: Bench, task: Task) -> Cell:
             bench.loop(task.rate, task.seed),
         )
     measured = bench.held(task.recipient).measure(model)
-    return replace(
-        _cell(task, [Point(1.0, "fine-tuned", measured)]),
-        payload_bytes=sum(v.numel() * v.element_size() for v in model.parameters()),
-        seconds=cost.seconds,
-        peak_bytes=cost.peak_bytes,
+    return _cell(
+        task,
+        [Point(1.0, "fine-tuned", measured)],
+        sum(v.numel() * v.element_size() for v in model.parameters()),
+        cost,
     )
 
 
@@ -174,12 +183,7 @@ def _bias(bench: Bench, task: Task) -> Cell:
     for dose in DOSES:
         with biased(model, dose * bias):
             points.append(Point(dose, f"dose {dose:g}", held.measure(model)))
-    return replace(
-        _cell(replace(task, rate=_BIAS_RATE), points),
-        payload_bytes=2 * bias.numel(),
-        seconds=cost.seconds,
-        peak_bytes=cost.peak_bytes,
-    )
+    return _cell(replace(task, rate=_BIAS_RATE), points, 2 * bias.numel(), cost)
 
 
 def train_bias(bench: Bench, seed: int) -> torch.Tensor:
@@ -217,7 +221,7 @@ def _ngram(bench: Bench, task: Task) -> Cell:
     held = bench.held(task.recipient)
     mixed: dict[float, dict[str, Losses]] = {weight: {} for weight in _NGRAM_WEIGHTS}
     for name in HELD_OUT:
-        prepared = getattr(held, name)
+        prepared = held.documents[name]
         own = measure_tokens(model, prepared)
         other = [
             table.probabilities(tokenizer.encode(text, verbose=False))
@@ -232,14 +236,10 @@ def _ngram(bench: Bench, task: Task) -> Cell:
                 np.array(sums), np.array(prepared.tokens), np.array(prepared.text_bytes)
             )
     points = [
-        Point(weight, f"weight {weight:g}", Measured(**found)) for weight, found in mixed.items()
+        Point(weight, f"weight {weight:g}", Measured(**found, correct=()))
+        for weight, found in mixed.items()
     ]
-    return replace(
-        _cell(task, points),
-        payload_bytes=sum(len(text.encode()) for text in texts),
-        seconds=cost.seconds,
-        peak_bytes=cost.peak_bytes,
-    )
+    return _cell(task, points, sum(len(text.encode()) for text in texts), cost)
 
 
 def _wrapper(bench: Bench, task: Task) -> Cell:
@@ -273,12 +273,7 @@ def _wrapper(bench: Bench, task: Task) -> Cell:
     for position in range(layers + 1):
         moved = replace(attachment, facts=replace(facts, position=position))
         points += _measure_doses(bench, task, moved, model, (1.0,), f"position {position}")
-    return replace(
-        _cell(task, points),
-        payload_bytes=sum(v.numel() * v.element_size() for v in tensors.values()),
-        seconds=cost.seconds,
-        peak_bytes=cost.peak_bytes,
-    )
+    return _cell(task, points, sum(v.numel() * v.element_size() for v in tensors.values()), cost)
 
 
 #: How each method fills a cell.
@@ -330,7 +325,7 @@ def _measure_doses(
     label: str = "",
 ) -> list[Point]:
     recipe, held = load_recipe(attachment.kind), bench.held(task.recipient)
-    seal = seal_state(model, held.validation)
+    seal = seal_state(model, held.documents["validation"])
     points = []
     for dose in doses or attachment.doses:
         with attached(recipe, replace(attachment, dose=dose), model, seal):

@@ -10,13 +10,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from allograft.durable import durable_write
 from allograft.evaluate.loss import Prepared, Scoring, measure, prepare
-from allograft.evaluate.transfer.cell import Measured
+from allograft.evaluate.transfer.cell import HELD_OUT, Measured
 from allograft.evaluate.transfer.footprint import footprint
 from allograft.evaluate.transfer.plan import Arm, MatrixPlan
 from allograft.evaluate.transfer.store import content_key
@@ -63,20 +64,29 @@ class Packet:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Held-out documents, cut for one tokenizer."""
+    """Held-out text, cut for one tokenizer.
 
-    validation: Prepared
-    test: Prepared
-    general_validation: Prepared
-    general_test: Prepared
+    Attributes:
+        documents: The sets of held-out documents by name.
+        answers: Every question of the label task with every label; None without a task.
+        right: Number of the right label of each question.
+    """
+
+    documents: Mapping[str, Prepared]
+    answers: Prepared | None
+    right: tuple[int, ...]
 
     def measure(self, model: Any) -> Measured:
-        """Losses of the model as it is now."""
-        return Measured(**{name: measure(model, getattr(self, name)) for name in HELD_OUT})
+        """What the model does as it is now."""
+        losses = {name: measure(model, documents) for name, documents in self.documents.items()}
+        return Measured(**losses, correct=self._answer(model))
 
-
-#: The four sets of held-out documents.
-HELD_OUT = tuple(Measured.__dataclass_fields__)
+    def _answer(self, model: Any) -> tuple[float, ...]:
+        if self.answers is None:
+            return ()
+        # The whole text's loss: the question's own part is the same under every label.
+        nats = measure(model, self.answers).nats.reshape(len(self.right), -1)
+        return tuple((nats.argmin(axis=1) == np.array(self.right)).astype(float).tolist())
 
 
 class Bench:
@@ -97,7 +107,7 @@ class Bench:
         return load_model(self.lab.models[name], self.lab.plan.device)
 
     def held_texts(self, name: str) -> tuple[str, ...]:
-        """One of the four sets of held-out documents."""
+        """One of the sets of held-out documents."""
         found: tuple[str, ...] = getattr(self.lab.texts, name)
         return found
 
@@ -163,8 +173,12 @@ class Bench:
         model, tokenizer = self.model(name), self.tokenizer(name)
         # As long as what was trained on: longer ones would measure positions nobody learnt.
         scoring = Scoring(window_tokens=self.size.window)
+        texts = self.lab.texts
+        options = [f"{q.prompt}{label}" for q in texts.questions for label in texts.labels]
         return Held(
-            **{each: prepare(self.held_texts(each), tokenizer, model, scoring) for each in HELD_OUT}
+            {name: prepare(self.held_texts(name), tokenizer, model, scoring) for name in HELD_OUT},
+            prepare(options, tokenizer, model, scoring) if options else None,
+            tuple(question.right for question in texts.questions),
         )
 
     def _windows(self, name: str, text: str) -> Windows:

@@ -28,23 +28,39 @@ class Role(StrEnum):
     PAPER = "paper"
 
 
+#: The sets of held-out documents: for choices and for figures, of the domain and general ones.
+HELD_OUT = ("validation", "test", "general_validation", "general_test")
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Measured:
-    """Held-out losses of a model, of domain and of general text, for choices and for figures."""
+    """What a model does on held-out text.
+
+    Attributes:
+        validation: Losses on the domain's documents that choices are made on.
+        test: On those that figures come from.
+        general_validation: On general documents for choices.
+        general_test: On general documents for figures.
+        correct: For each question of a label task whether the right label had the lowest loss; an
+            average over seeds lies between 0 and 1. Empty without such a task.
+    """
 
     validation: Losses
     test: Losses
     general_validation: Losses
     general_test: Losses
+    correct: tuple[float, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """The losses as a JSON object."""
-        return {name: _losses_to_json(getattr(self, name)) for name in self.__dataclass_fields__}
+        """All of it as a JSON object."""
+        losses = {name: _losses_to_json(getattr(self, name)) for name in HELD_OUT}
+        return losses | {"correct": list(self.correct)}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Measured:
-        """Read them."""
-        return cls(**{name: _losses_from_json(value[name]) for name in cls.__dataclass_fields__})
+        """Read it."""
+        losses = {name: _losses_from_json(value[name]) for name in HELD_OUT}
+        return cls(**losses, correct=tuple(value["correct"]))
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,9 +13,16 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from allograft.evaluate.bootstrap import Interval, Losses, paired_bits, paired_recovery
+from allograft.evaluate.bootstrap import (
+    Interval,
+    Losses,
+    Resampling,
+    mean_interval,
+    paired_bits,
+    paired_recovery,
+)
 from allograft.evaluate.gate import DoseTrial, GateRules, choose_dose, dose_curve
-from allograft.evaluate.transfer.cell import Cell, Measured, Point, Role
+from allograft.evaluate.transfer.cell import HELD_OUT, Cell, Measured, Point, Role
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,11 +33,14 @@ class Row:
         arm: Name in tables.
         role: What it is there for.
         recipient: Name of the model.
-        strength: Dose, weight or position, and how it was chosen.
+        strength: Dose, weight or position.
+        chosen_by: `full`, `gate` or both for a recipe, `validation` among several strengths of
+            anything else, empty where there is one.
         dose: As a number.
         gain: Bits per byte saved on the domain's test documents.
         recovery: Share of the oracle's gain; None without an oracle that gains.
         general: Bits per byte that general text got worse; negative is better.
+        accuracy: Share of questions answered rightly; None without a label task.
         seeds: How many.
         seed_gains: Gain of each seed.
         harmed: Seeds whose gain is negative with certainty.
@@ -46,10 +56,12 @@ class Row:
     role: Role
     recipient: str
     strength: str
+    chosen_by: str
     dose: float
     gain: Interval
     recovery: Interval | None
     general: Interval
+    accuracy: Interval | None
     seeds: int
     seed_gains: tuple[float, ...]
     harmed: int
@@ -120,6 +132,16 @@ class Harm:
 
 
 @dataclass(frozen=True, slots=True)
+class Untouched:
+    """A recipient as it is: bits per byte, and accuracy where there is a label task."""
+
+    recipient: str
+    domain: float
+    general: float
+    accuracy: Interval | None
+
+
+@dataclass(frozen=True, slots=True)
 class Figures:
     """All that a table or a plot needs."""
 
@@ -128,7 +150,7 @@ class Figures:
     curves: tuple[Curve, ...]
     refusals: tuple[Refusal, ...]
     harms: tuple[Harm, ...]
-    zero_shot: tuple[tuple[str, float, float], ...]  # recipient, domain and general bits per byte
+    zero_shot: tuple[Untouched, ...]
 
 
 def make_figures(cells: Sequence[Cell], reference: str, rules: GateRules | None = None) -> Figures:
@@ -195,7 +217,12 @@ class _Maker:
                 curves.append(self._curve(first, points))
         rows.sort(key=lambda row: (list(Role).index(row.role), row.arm))
         zero = tuple(
-            (name, each.test.bits_per_byte, each.general_test.bits_per_byte)
+            Untouched(
+                name,
+                each.test.bits_per_byte,
+                each.general_test.bits_per_byte,
+                _accuracy(each, self._rules.resampling),
+            )
             for name, each in self._before.items()
         )
         found = tuple(rows)
@@ -215,17 +242,15 @@ class _Maker:
         self, cell: Cell, recipient: str, points: Sequence[Point]
     ) -> list[tuple[Point, str]]:
         """The strengths that are shown: for a recipe the gate's and the full dose."""
-        if len(points) == 1:
-            return [(points[0], points[0].label)]
         if cell.role is not Role.RECIPE:
             best = min(points, key=lambda point: point.measured.validation.bits_per_byte)
-            return [(best, f"{best.label} (best of {len(points)} on validation)")]
+            return [(best, "validation" if len(points) > 1 else "")]
         full = max(points, key=lambda point: point.dose)
         dose = self._gate_dose(recipient, points)
         gated = next(point for point in points if point.dose == dose)
         if gated is full:
-            return [(full, f"{full.label} (full, and the gate's)")]
-        return [(full, f"{full.label} (full)"), (gated, f"{gated.label} (the gate's)")]
+            return [(full, "full, gate")]
+        return [(full, "full"), (gated, "gate")]
 
     def _gate_dose(self, recipient: str, points: Sequence[Point]) -> float:
         before = self._before[recipient]
@@ -257,11 +282,13 @@ class _Maker:
             arm=first.arm,
             role=first.role,
             recipient=first.recipient,
-            strength=how,
+            strength=point.label,
+            chosen_by=how,
             dose=point.dose,
             gain=paired_bits(before.test, point.measured.test, plan),
             recovery=recovery,
             general=Interval(-kept.value, -kept.high, -kept.low),
+            accuracy=_accuracy(point.measured, plan),
             seeds=len(group),
             seed_gains=tuple(gain.value for gain in each),
             harmed=sum(gain.high < 0 for gain in each),
@@ -291,12 +318,9 @@ def _mean_points(group: Sequence[Cell]) -> list[Point]:
     found = []
     for number, point in enumerate(group[0].points):
         same = [cell.points[number].measured for cell in group]
-        mean = Measured(
-            **{
-                name: _mean_losses([getattr(each, name) for each in same])
-                for name in Measured.__dataclass_fields__
-            }
-        )
+        losses = {name: _mean_losses([getattr(each, name) for each in same]) for name in HELD_OUT}
+        correct = np.mean([each.correct for each in same], axis=0)
+        mean = Measured(**losses, correct=tuple(correct.tolist()))
         found.append(replace(point, measured=mean))
     return found
 
@@ -305,9 +329,13 @@ def _mean_losses(losses: Sequence[Losses]) -> Losses:
     return replace(losses[0], nats=np.mean([each.nats for each in losses], axis=0))
 
 
+def _accuracy(measured: Measured, plan: Resampling) -> Interval | None:
+    return mean_interval(np.array(measured.correct), plan) if measured.correct else None
+
+
 def _harms(rows: Sequence[Row]) -> Iterable[Harm]:
     """Per recipe, at full dose: what a recipient without a gate would have met."""
-    full = [row for row in rows if row.role is Role.RECIPE and "full" in row.strength]
+    full = [row for row in rows if row.role is Role.RECIPE and "full" in row.chosen_by]
     for arm in dict.fromkeys(row.arm for row in full):
         own = [row for row in full if row.arm == arm]
         taken, forced = ([r for r in own if r.forced is flag] for flag in (False, True))

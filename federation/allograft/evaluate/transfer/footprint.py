@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import resource
 import sys
 import time
@@ -39,9 +40,7 @@ def footprint(device: str) -> Iterator[Footprint]:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
     else:
-        with contextlib.suppress(OSError):
-            # Linux: lets the high-water mark fall back to what is resident now.
-            Path("/proc/self/clear_refs").write_text("5", "ascii")
+        _settle()
         before = _peak_bytes()
     began = clock()
     try:
@@ -50,6 +49,16 @@ def footprint(device: str) -> Iterator[Footprint]:
         found.seconds = clock() - began
         peak = torch.cuda.max_memory_allocated() if cuda else _peak_bytes()
         found.peak_bytes = max(0, peak - before)
+
+
+def _settle() -> None:
+    """Give freed memory back and let the high-water mark fall to what is resident (Linux).
+
+    Else a training would reuse what an earlier one left, and seem to need nothing.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5", "ascii")
 
 
 def _peak_bytes() -> int:

@@ -29,9 +29,12 @@ class Arm:
     reference: bool = False
 
 
+_RATES = (3e-3, 1e-2, 2e-2)
+
+#: What is tried. Models above 50 million weights want a tenth of these rates; see `rate_scale`.
 ARMS: tuple[Arm, ...] = (
-    Arm("organ", "organ", OrganPlan(blocks=1), (3e-3, 1e-2)),
-    Arm("lora r8", "lora", LoraPlan(rank=8, alpha=16.0), (3e-3, 1e-2), reference=True),
+    Arm("organ", "organ", OrganPlan(blocks=1), _RATES),
+    Arm("lora r8", "lora", LoraPlan(rank=8, alpha=16.0), _RATES, reference=True),
 )
 
 
@@ -134,6 +137,7 @@ class MatrixPlan:
         arms: Recipes to try.
         device: Where models run.
         threads: CPU threads of each worker.
+        rate_scale: Factor on every candidate rate.
         controls: Whether controls, baselines and the papers' settings run beside the recipes.
     """
 
@@ -141,4 +145,5 @@ class MatrixPlan:
     arms: tuple[Arm, ...] = field(default=ARMS)
     device: str = "cpu"
     threads: int = 1
+    rate_scale: float = 1.0
     controls: bool = True

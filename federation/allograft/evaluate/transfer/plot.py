@@ -23,7 +23,7 @@ def plot_doses(figures: Figures) -> str:
 
 def plot_bytes(figures: Figures) -> str:
     """What crosses the border against what it gains on the donor's own base."""
-    base = figures.zero_shot[0][0]
+    base = figures.zero_shot[0].recipient
     series = [
         Series([(row.payload_bytes / 1024, row.gain.value)], f"{row.arm}, {row.strength}")
         for row in figures.rows

@@ -81,6 +81,7 @@ class _Matrix:
         self._tell = tell
         self._store = _cells(lab)
         self._bench = Bench(lab)
+        self._texts = lab.texts.digest()
 
     def run(self) -> list[Cell]:
         plan = self._lab.plan
@@ -117,7 +118,7 @@ class _Matrix:
         return content_key(
             {
                 "task": task.to_json(),
-                "texts": lab.texts.digest(),
+                "texts": self._texts,
                 "base": [base.weights_digest, base.tokenizer_digest],
                 "recipient": [theirs.weights_digest, theirs.tokenizer_digest],
                 "budget": [size.steps, size.batch, size.window],

@@ -22,13 +22,19 @@ WRAPPER = "NOT as published: wrapper, inserted, no recovery"
 
 def rate_tasks(plan: MatrixPlan) -> tuple[Task, ...]:
     """Every rate of everything that trains, with the first seed on the base."""
-    full = [Task("full", ORACLE, Role.ORACLE, rate=rate) for rate in plan.size.full_rates]
+    full = [
+        Task("full", ORACLE, Role.ORACLE, rate=plan.rate_scale * rate)
+        for rate in plan.size.full_rates
+    ]
     recipes = [
-        Task("recipe", arm.name, Role.RECIPE, arm=arm, rate=rate)
+        Task("recipe", arm.name, Role.RECIPE, arm=arm, rate=plan.rate_scale * rate)
         for arm in plan.arms
         for rate in arm.rates
     ]
-    wrapper = [Task("wrapper", WRAPPER, Role.PAPER, rate=rate) for rate in plan.size.full_rates]
+    wrapper = [
+        Task("wrapper", WRAPPER, Role.PAPER, rate=plan.rate_scale * rate)
+        for rate in plan.size.full_rates
+    ]
     return (*full, *recipes, *(wrapper if plan.controls else ()))
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 
 from allograft.evaluate.bootstrap import Interval
@@ -12,8 +13,8 @@ from allograft.evaluate.transfer.plan import MatrixPlan
 from allograft.evaluate.transfer.text import Texts
 
 _HEAD = (
-    "arm", "recipient", "strength", "domain gain", "recovery", "general worse", "payload",
-    "train", "peak", "seeds harmed",
+    "arm", "recipient", "strength", "domain gain", "recovery", "general worse", "accuracy",
+    "payload", "train", "peak", "seeds harmed",
 )  # fmt: skip
 
 _TITLES = {
@@ -28,8 +29,9 @@ _LEGEND = (
     "Bits per byte on test documents; brackets are 95 % intervals of the paired bootstrap over "
     "documents, after averaging over seeds. Domain gain: positive is better. General worse: "
     "positive is worse. Recovery: share of the oracle's gain on that recipient. Rates, doses, "
-    "weights and positions were chosen on validation documents. A seed is harmed if its interval "
-    "of the gain lies below zero. *Forced*: measured although the recipe refuses."
+    "weights and positions were chosen on validation documents; a recipe is shown at its full "
+    "dose and at the one a gate with the example policy would choose. A seed is harmed if its "
+    "interval of the gain lies below zero. *Forced*: measured although the recipe refuses."
 )
 
 
@@ -52,6 +54,8 @@ def render(figures: Figures, texts: Texts, plan: MatrixPlan) -> str:
     if not figures.sanity.holds:
         lines += ["", "**The sanity rule fails, so no comparison is shown.**"]
         return "\n".join(lines) + "\n"
+    if texts.questions:
+        lines += ["", _tell_task(texts)]
     lines += ["", _LEGEND, "", *_zero_shot(figures)]
     for role, title in _TITLES.items():
         rows = [row for row in figures.rows if row.role is role]
@@ -67,9 +71,10 @@ def render(figures: Figures, texts: Texts, plan: MatrixPlan) -> str:
 
 def _zero_shot(figures: Figures) -> list[str]:
     rows = [
-        (name, f"{domain:.3f}", f"{general:.3f}") for name, domain, general in figures.zero_shot
+        (each.recipient, f"{each.domain:.3f}", f"{each.general:.3f}", _percent(each.accuracy))
+        for each in figures.zero_shot
     ]
-    return _table(("recipient, untouched", "domain", "general"), rows)
+    return _table(("recipient, untouched", "domain", "general", "accuracy"), rows)
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -80,10 +85,11 @@ def _cells(row: Row) -> tuple[str, ...]:
     return (
         row.arm,
         f"{row.recipient}{verdict}",
-        row.strength,
+        f"{row.strength} ({row.chosen_by})" if row.chosen_by else row.strength,
         _interval(row.gain) + spread,
-        "" if row.recovery is None else _percent(row.recovery),
+        _percent(row.recovery),
         _interval(row.general),
+        _percent(row.accuracy),
         _bytes(row.payload_bytes),
         f"{row.seconds:.1f} s" if row.seconds else "",
         _bytes(row.peak_bytes),
@@ -95,7 +101,9 @@ def _interval(value: Interval) -> str:
     return f"{value.value:+.3f} [{value.low:+.3f}, {value.high:+.3f}]"
 
 
-def _percent(value: Interval) -> str:
+def _percent(value: Interval | None) -> str:
+    if value is None:
+        return ""
     return f"{value.value:.0%} [{value.low:.0%}, {value.high:.0%}]"
 
 
@@ -103,6 +111,15 @@ def _bytes(count: int) -> str:
     if not count:
         return ""
     return f"{count / 2**20:.1f} MiB" if count >= 2**20 else f"{count / 2**10:.1f} KiB"
+
+
+def _tell_task(texts: Texts) -> str:
+    most = max(Counter(question.right for question in texts.questions).values())
+    return (
+        f"Label task: {len(texts.questions)} questions, {len(texts.labels)} labels, the label of "
+        f"lowest loss counts. Always naming the commonest label is right in "
+        f"{most / len(texts.questions):.1%}."
+    )
 
 
 def _tell_harm(harm: Harm) -> str:

@@ -24,7 +24,7 @@ _WORD = re.compile(r"[^\W_]+")
 #: Of a held-out document's passages; beyond it the document counts as a near-duplicate.
 MOST_SHARED = 0.3
 
-_LEAST_CHARS = 80  # shorter documents say more about their length than about a model
+_LEAST_CHARS = 40  # shorter documents say more about their length than about a model
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,7 @@ class Amounts:
         validation: Held-out documents that choices are made on.
         test: Held-out documents that figures come from.
         chars: Characters of a held-out document that are measured.
+        questions: Items of a label task that are asked.
     """
 
     donor_bytes: int
@@ -44,6 +45,15 @@ class Amounts:
     validation: int
     test: int
     chars: int
+    questions: int = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """One item of a label task: the text before the label, and the number of the right one."""
+
+    prompt: str
+    right: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +70,8 @@ class Sources:
         nature: Where it comes from and how it was split, in a sentence.
         most_shared: A held-out document of the domain is dropped if more than this share of its
             passages stands in training text.
+        questions: Held-out items of a label task; may be empty.
+        labels: The labels to choose among, as they follow a prompt.
     """
 
     domain: str
@@ -70,6 +82,8 @@ class Sources:
     wrong: Sequence[Document] = ()
     nature: str = ""
     most_shared: float = MOST_SHARED
+    questions: Sequence[Question] = ()
+    labels: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +135,8 @@ class Texts:
     wrong: tuple[str, ...] = field(repr=False)
     overlap: Overlap
     general_overlap: Overlap
+    questions: tuple[Question, ...] = ()
+    labels: tuple[str, ...] = ()
 
     def digest(self) -> str:
         """SHA-256 (hex) over all of it."""
@@ -156,6 +172,8 @@ def make_texts(sources: Sources, amounts: Amounts) -> Texts:
         wrong=_take(_shuffle(drop_near_duplicates(sources.wrong)), amounts.donor_bytes),
         overlap=overlap,
         general_overlap=general_overlap,
+        questions=_choose_questions(sources, training, amounts.questions),
+        labels=tuple(sources.labels),
     )
 
 
@@ -201,6 +219,13 @@ def _separate(
     return taken, tuple(left[:wanted]), overlap
 
 
+def _choose_questions(sources: Sources, training: Sequence[str], most: int) -> tuple[Question, ...]:
+    """Questions whose passages are not those of training text, in an order of their own."""
+    known = set[str]().union(*(_passages(text) for text in training))
+    left = [q for q in sources.questions if _share(q.prompt, known) <= sources.most_shared]
+    return tuple(sorted(left, key=lambda q: _digest(q.prompt))[:most])
+
+
 def _passages(text: str) -> set[str]:
     words = _WORD.findall(text.casefold())
     ends = range(PASSAGE_WORDS, len(words) + 1)
@@ -214,7 +239,11 @@ def _share(text: str, known: set[str]) -> float:
 
 def _shuffle(documents: Sequence[Document]) -> list[Document]:
     """An order that follows from the documents' content alone."""
-    return sorted(documents, key=lambda d: hashlib.sha256(d.text.encode()).digest())
+    return sorted(documents, key=lambda document: _digest(document.text))
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.sha256(text.encode()).digest()
 
 
 def _take(documents: Sequence[Document], most_bytes: int) -> tuple[str, ...]:

@@ -120,7 +120,7 @@ class _Planner:
     def plan_own(self, own: OwnModels) -> World:
         assert own.base is not None
         given = _check_models({BASE: own.base, **(own.recipients or {})})
-        large = weight_bytes(own.base) > 4 * SMALL_PARAMETERS
+        large = is_large(own.base)
         relative = self._further(own.base, 1e-4 if large else self._plan.size.pretrain_rate / 5)
         # A large model from nothing takes days: its stranger stays as it was born.
         stranger = self._fresh("stranger", own.base, seed=2, steps=0 if large else None)
@@ -179,6 +179,6 @@ def _check_models(models: Mapping[str, Path]) -> dict[str, Path]:
     return dict(models)
 
 
-def weight_bytes(model: Path) -> int:
-    """Size of a model's weight files."""
-    return sum(path.stat().st_size for path in model.glob("*.safetensors"))
+def is_large(model: Path) -> bool:
+    """Whether a model has more weights than a small machine trains at the rates of small ones."""
+    return sum(path.stat().st_size for path in model.glob("*.safetensors")) > 4 * SMALL_PARAMETERS
