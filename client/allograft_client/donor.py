@@ -23,6 +23,7 @@ from allograft.crypto import canonical, dsse
 from allograft.durable import durable_write
 from allograft.errors import UnavailableError
 from allograft.packet import container, oms
+from allograft.packet.kinds import find_kind
 from allograft.packet.tensors import check_file
 from allograft.privacy.dossier import Dossier, PayloadPart, Software, warnings_of
 from allograft.privacy.egress import WIRE_DTYPES, rebuild_file, with_wire_dtype
@@ -30,6 +31,7 @@ from allograft.privacy.gates import Submission, check_results, run_gates
 from allograft.privacy.policy import Policy
 from allograft.privacy.scan import Matcher, check_envelope
 from allograft.privacy.shapes import allow_list, read_base
+from allograft.provenance.ancestry import Ancestor
 from allograft.provenance.intoto import Statement
 from allograft.provenance.statement import (
     Dose,
@@ -126,7 +128,13 @@ def _check_list(site: Site, policy: Policy, plan: DonationPlan) -> None:
 def _check_parents(site: Site, policy: Policy, plan: DonationPlan) -> None:
     """Refuse to pass on what others' packets taught a model, unless licence and ε allow it."""
     epsilon = find_signed_plan(site, plan).epsilon() if plan.is_protected else None
-    policy.check_redonation(model_ancestors(site.store.model(plan.model)), plan.mode, epsilon)
+    policy.check_redonation(_ancestors(site, plan), plan.mode, epsilon)
+
+
+def _ancestors(site: Site, plan: DonationPlan) -> tuple[Ancestor, ...]:
+    """The packets inside the weights that a donation starts from, and inside a tuned model's."""
+    models = [site.store.model(name) for name in (plan.model, plan.tuned) if name]
+    return tuple(dict.fromkeys(entry for model in models for entry in model_ancestors(model)))
 
 
 def donate(site: Site, packet_id: str, plan: DonationPlan, tell: Progress) -> None:
@@ -196,7 +204,9 @@ class _Donation:
         work = self._directory / "work"
         work.mkdir(mode=0o700, exist_ok=True)
         started = now_text()
-        result = self._run("train", {"workdir": str(work), "plan": self._plan.training_json()})
+        tuned = self._plan.tuned and str(self._site.store.model(self._plan.tuned).path)
+        task = {"workdir": str(work), "plan": self._plan.training_json(), "tuned": tuned}
+        result = self._run("train", task)
         return {**result, "started": started, "finished": now_text()}
 
     def rebuild(self, extract: Mapping[str, Any]) -> dict[str, canonical.Json]:
@@ -339,7 +349,7 @@ class _Donation:
         norms = {}
         for part in parts:
             with (payload / part.name).open("rb") as handle:
-                norms[part.name] = check_file(handle).frobenius_norm
+                norms[part.name] = check_file(handle, find_kind(plan.kind).rules).frobenius_norm
         return PacketStatement(
             packet_id=self._packet_id,
             donor=self._site.name,
@@ -363,7 +373,7 @@ class _Donation:
         )
 
     def _parents(self) -> tuple[Parent, ...]:
-        return tuple(entry.parent for entry in model_ancestors(self._model))
+        return tuple(entry.parent for entry in _ancestors(self._site, self._plan))
 
     def _training_run(self, extract: Mapping[str, Any]) -> TrainingRun:
         self._data.check()

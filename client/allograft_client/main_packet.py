@@ -21,6 +21,8 @@ from allograft_client.main_model import finish
 from allograft_client.options import (
     DoraOption,
     FrozenOption,
+    ModulesOption,
+    RankingOption,
     RsloraOption,
     StateOption,
     TargetOption,
@@ -53,7 +55,9 @@ def donate(
     privacy_plan: Annotated[
         str, typer.Option("--plan", help="Modes strict and measured: the signed privacy plan.")
     ] = "",
-    recipe: Annotated[str, typer.Option(help="`organ` or `lora`.")] = "organ",
+    recipe: Annotated[
+        str, typer.Option(help="`organ`, `lora`, `delta` or `module_graft`.")
+    ] = "organ",
     mode: Annotated[str, typer.Option(help="Privacy mode: open, measured or strict.")] = "open",
     language: Annotated[str, typer.Option(help="Language of the text.")] = "en",
     purpose: Annotated[str, typer.Option(help="What recipients may use it for.")] = (
@@ -81,6 +85,14 @@ def donate(
     rslora: RsloraOption = False,
     dora: DoraOption = False,
     frozen_a: FrozenOption = "",
+    modules: ModulesOption = 0,
+    ranking: RankingOption = "activation",
+    tuned: Annotated[
+        str,
+        typer.Option(
+            help="Module graft, mode open: a model of this site that was trained already."
+        ),
+    ] = "",
     seed: Annotated[int, typer.Option(min=0, help="Seed of split and training.")] = 0,
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Less memory, a third more time.")
@@ -128,8 +140,11 @@ def donate(
             rslora=rslora,
             dora=dora,
             frozen_a=frozen_a,
+            modules=modules,
+            ranking=ranking,
         ),
         privacy_plan=privacy_plan,
+        tuned=tuned,
     )
     if privacy_plan:
         # Mode, kind, training and who is a person were fixed when the plan was signed.

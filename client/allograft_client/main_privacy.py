@@ -25,6 +25,8 @@ from allograft_client.budget import Budget
 from allograft_client.options import (
     DoraOption,
     FrozenOption,
+    ModulesOption,
+    RankingOption,
     RsloraOption,
     StateOption,
     TargetOption,
@@ -62,7 +64,7 @@ _STRENGTH = (
 def new(
     model: Annotated[str, typer.Option(help="Model of this site to train on.")],
     domain: Annotated[str, typer.Option(help="Whose data: a domain of the ledger.")],
-    kind: Annotated[str, typer.Option(help="Kind of packet: organ or lora.")] = "lora",
+    kind: Annotated[str, typer.Option(help="Kind of packet, such as lora or organ.")] = "lora",
     mode: Annotated[str, typer.Option(help="strict, or measured without formal bound.")] = "strict",
     target_epsilon: Annotated[
         float | None, typer.Option(help="Epsilon this run may cost; fixes the noise.")
@@ -90,6 +92,8 @@ def new(
     rslora: RsloraOption = False,
     dora: DoraOption = False,
     frozen_a: FrozenOption = "",
+    modules: ModulesOption = 0,
+    ranking: RankingOption = "activation",
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Less memory, a third more time.")
     ] = False,
@@ -145,6 +149,8 @@ def new(
             rslora=rslora,
             dora=dora,
             frozen_a=frozen_a,
+            modules=modules,
+            ranking=ranking,
         ),
         checkpointing=checkpointing,
         holdout=holdout,

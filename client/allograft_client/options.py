@@ -53,6 +53,16 @@ FrozenOption = Annotated[
         show_default=False,
     ),
 ]
+ModulesOption = Annotated[
+    int, typer.Option("--modules", min=0, help="Module graft: how many modules; 0 for all.")
+]
+RankingOption = Annotated[
+    str,
+    typer.Option(
+        "--ranking",
+        help="Module graft: which come first, by activation, change, random or bottom.",
+    ),
+]
 
 
 def find_home(state: Path | None) -> Home:

@@ -53,6 +53,7 @@ class DonationPlan:
         person_field: JSONL field that says whom a record is about; the privacy plan fixes it.
         holdout: Chance of each person to be held out of training, for the audits.
         private: Constants of the privacy plan; None without differential privacy.
+        tuned: A model of this site that is `model` after training elsewhere: its change travels.
     """
 
     model: str
@@ -82,6 +83,7 @@ class DonationPlan:
     person_field: str = "person"
     holdout: float = 0.3
     private: DpConstants | None = None
+    tuned: str = ""
 
     def admitted(self) -> AdmittedMode:
         """The privacy mode with its declaration.
@@ -158,6 +160,9 @@ class DonationPlan:
         if self.is_protected != bool(self.privacy_plan):
             needs = "needs a signed privacy plan" if self.is_protected else "has no privacy plan"
             raise RejectedError("AG-PRV-053", f"mode {self.mode} {needs}")
+        # What a snapshot was trained on, and how, no plan of this site has fixed.
+        if self.tuned and (self.is_protected or self.kind != "module_graft"):
+            raise RejectedError("AG-RCP-035", "a tuned model is for module_graft in mode open")
         return self
 
     def loop(self) -> LoopPlan:

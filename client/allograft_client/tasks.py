@@ -86,7 +86,6 @@ from allograft.recipes.documents import (
     read_documents,
     split_documents,
 )
-from allograft.recipes.facts import LoraFacts
 from allograft.recipes.plan import LoopPlan, Step, read_recipe_plan
 from allograft.recipes.snapshot import load_model, load_tokenizer
 from allograft.recipes.stack import Stack
@@ -165,7 +164,10 @@ def _train(task: Task, tell: Tell) -> dict[str, Any]:
     def progress(step: Step) -> None:
         tell({"stage": "training", "done": step.number, "of": step.steps, "loss": step.loss})
 
-    donor = Donor(loaded.model, windows, workdir, progress)
+    tuned = (
+        load_model(Path(_text(task, "tuned")), str(loaded.model.device)) if task["tuned"] else None
+    )
+    donor = Donor(loaded.model, windows, workdir, progress, tuned=tuned)
     extract = load_recipe(_text(task, "kind")).extract(donor, plan)
     return {
         "files": [path.name for path in extract.files],
@@ -433,15 +435,12 @@ def _export(task: Task, tell: Tell) -> dict[str, Any]:
     out = Path(_text(task, "out"))
     if _text(task, "format") == "peft":
         paths = [Path(canonical.as_text(path)) for path in canonical.as_list(task["stack"])]
-        adapters = [a for a in map(load_attachment, paths) if a.kind == "lora"]
-        if len(adapters) != 1 or len(paths) != 1:
+        if len(paths) != 1:
             raise RejectedError(
-                "AG-RCP-024", f"{len(paths)} attachments kept; a PEFT directory holds one LoRA"
+                "AG-RCP-024", f"{len(paths)} attachments kept; a PEFT directory holds one"
             )
-        facts, model = adapters[0].facts, None
-        if isinstance(facts, LoraFacts) and facts.settings.dora:
-            model = _load(task).model
-        export.export_peft(adapters[0], out, _text(task, "model"), model)
+        model = _text(task, "model")
+        export.export_peft(load_attachment(paths[0]), out, model, Path(model))
     else:
         tell({"stage": "loading model"})
         loaded = _load(task)

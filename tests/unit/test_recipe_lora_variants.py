@@ -97,7 +97,8 @@ def test_peft_loads_exported_variants_and_merges_to_equal_weights(
     model = tiny_model(family)
     _, attachment = make(model, tmp_path, PLANS[variant])
     attachment = replace(attachment, dose=dose)
-    export_peft(attachment, tmp_path / "adapter", model=model)
+    model.save_pretrained(tmp_path / "base")
+    export_peft(attachment, tmp_path / "adapter", base=tmp_path / "base")
     theirs = load_with_peft(tiny_model(family), tmp_path / "adapter")
     RECIPE.attach(attachment, model)
     torch.testing.assert_close(logits_of(model), logits_of(theirs), rtol=1e-4, atol=1e-4)
@@ -243,7 +244,7 @@ def test_adapters_on_one_frozen_a_average_exactly(tmp_path: Path) -> None:
         tensors={n: (v + kept[1].tensors[n]) / 2 for n, v in kept[0].tensors.items()},
     )
     changes = [
-        [change.dense(module.weight) for _, module, change in changes_of(made, model)]
+        [change.scale * change.left @ change.right for _, _, change in changes_of(made, model)]
         for made in (*kept, mean)
     ]
     for first, second, both in zip(*changes, strict=True):

@@ -2,8 +2,9 @@
 """How much and in which shape a packet changes each kind of matrix of its base.
 
 For an adapter the change is scale x B A; its singular values come from the small factors, and the
-product is never formed (DoRA's change is no such product and is weighed whole). For an organ it is
-each tensor less what training began from: the source block, silenced (see recipes.md). Against the
+product is never formed (DoRA's change is no such product and is weighed whole). A delta's
+directions are unpacked to such factors. For an organ it is each tensor less what training began
+from: the source block, silenced (see recipes.md). Against the
 unsilenced block the two output projections would show the base's own weights, not what was learnt.
 Seeded; runs on the model's device.
 """
@@ -20,9 +21,10 @@ from transformers import PreTrainedModel
 
 from allograft.evaluate.screen import ModuleFigures
 from allograft.recipes.base import Attachment
-from allograft.recipes.facts import LoraFacts, OrganFacts
-from allograft.recipes.lora import changes_of
-from allograft.recipes.patch import DoraChange, original_weight
+from allograft.recipes.delta import delta_places, packed_directions
+from allograft.recipes.factors import unpack
+from allograft.recipes.facts import DeltaFacts, LoraFacts, ModuleGraftFacts, OrganFacts
+from allograft.recipes.lora import DoraChange, changes_of
 from allograft.recipes.stack import starting_point
 
 _LEADING = 16  # singular values that are computed; the rest is known by its sum only
@@ -33,6 +35,7 @@ _ENTRIES = 1 << 16  # entries of B A that its kurtosis is estimated from
 
 _LORA_STEM = re.compile(r"^.+?\.\d+\.")
 _ORGAN = re.compile(r"^blocks\.\d+\.(?P<name>.+)$")
+_VECTOR = re.compile(r"^blocks\.\d+\.(?P<name>.+)\.change$")
 
 
 def weigh_attachment(
@@ -46,7 +49,7 @@ def weigh_attachment(
         seed: Of the random projections and the sampled entries.
 
     Returns:
-        Nothing for kinds that are neither an organ nor a LoRA.
+        Nothing for kinds that change no weights of the base.
     """
     found: dict[str, ModuleFigures] = {}
     generator = torch.Generator().manual_seed(seed)
@@ -61,12 +64,25 @@ def _modules(
     facts = attachment.facts
     if isinstance(facts, LoraFacts):
         full = replace(attachment, dose=1.0)
-        for name, module, made in sorted(changes_of(full, model), key=lambda found: found[0]):
+        for name, _, made in sorted(changes_of(full, model), key=lambda found: found[0]):
             linear = _LORA_STEM.sub("", name)
             if isinstance(made, DoraChange):
-                yield linear, _weigh_matrix(made.dense(original_weight(module)), generator)
+                yield linear, _weigh_matrix(made.dense(), generator)
             else:
-                yield linear, _weigh_factors(made.a, made.b, made.scale, generator)
+                yield linear, _weigh_factors(made.right, made.left, made.scale, generator)
+    elif isinstance(facts, DeltaFacts):
+        places = delta_places(model)
+        for target, packed in sorted(packed_directions(attachment).items()):
+            module, name = places[target]
+            left, right = unpack(packed, *module.get_parameter(name).shape)
+            yield _module_name(target), _weigh_factors(right, left.T, 1.0, generator)
+        for name, value in sorted(attachment.tensors.items()):
+            if match := _VECTOR.match(name):
+                yield match["name"], _weigh_matrix(value.float()[:, None], generator)
+    elif isinstance(facts, ModuleGraftFacts):
+        for name, value in sorted(attachment.tensors.items()):
+            change = value.to(model.device, torch.float32)
+            yield _module_name(name), _weigh_matrix(change.reshape(len(change), -1), generator)
     elif isinstance(facts, OrganFacts):
         start = starting_point(attachment, model)
         for name, value in sorted(attachment.tensors.items()):
@@ -74,6 +90,11 @@ def _modules(
                 change = value.to(model.device, torch.float32)
                 change = change - start[name].to(model.device, torch.float32)
                 yield match["name"], _weigh_matrix(change.reshape(len(change), -1), generator)
+
+
+def _module_name(target: str) -> str:
+    match = _ORGAN.match(target)
+    return match["name"] if match else target
 
 
 def _weigh_factors(

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 #: Kinds that ship with this package. A site's policy may allow more, by the name of an installed
 #: entry point; a packet can only choose among the allowed ones.
-BUILT_IN_KINDS = frozenset({"organ", "lora"})
+BUILT_IN_KINDS = frozenset({"organ", "lora", "delta", "module_graft"})
 
 #: Doses that the gate tries. Half a dose kept two thirds of the gain at a fifth of the harm to
 #: general text in our measurements, so a full dose is never the only candidate.
@@ -136,6 +136,7 @@ class Donor:
     ram_bytes: int = 1 << 30  # ceiling for cached activations in memory
     disk_bytes: int = 16 << 30  # ceiling for cached activations in a file under workdir
     private_way: PrivateWay = "auto"  # the same sums, but for rounding; no matter of the plan
+    tuned: Any = None  # the base after training elsewhere; a kind that ships changes takes these
 
 
 @dataclass(frozen=True, slots=True)

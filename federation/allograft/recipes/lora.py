@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -44,21 +44,56 @@ from allograft.recipes.facts import LoraFacts
 from allograft.recipes.frozen import draw_a
 from allograft.recipes.loop import SNAPSHOT, train
 from allograft.recipes.patch import (
-    Change,
-    DoraChange,
+    LowRank,
     has_attachments,
     is_patched,
     matrix_shape,
-    original_weight,
+    original_of,
     patch,
-    row_lengths,
     unpatch,
 )
 from allograft.recipes.plan import LoopPlan, LoraPlan
 
 PAYLOAD = "adapter_model.safetensors"
 
-_PEFT_PREFIX = "base_model.model."
+#: How PEFT begins the name of every tensor.
+PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DoraChange:
+    """scale · (c V - W), where V is the original W with a low-rank change.
+
+    c = m / |V| brings each output's row to its length. A row of V without length stays without:
+    PEFT would divide by zero.
+    """
+
+    module: nn.Module  # the original W is looked up where it is kept, not held twice
+    low_rank: LowRank
+    factors: torch.Tensor  # c, [outputs]
+    transposed: bool
+    scale: float
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the matrix."""
+        return self.low_rank.shape
+
+    def add_to(self, rows: torch.Tensor, first: int) -> None:
+        """See `patch.Change`."""
+        before = original_of(self.module)[first : first + len(rows)]
+        before = before.to(rows.device, torch.float32)
+        after = before.clone()
+        self.low_rank.add_to(after, first)
+        factors = self.factors.to(rows.device)
+        after *= factors if self.transposed else factors[first : first + len(rows), None]
+        rows.add_(after.sub_(before), alpha=self.scale)
+
+    def dense(self) -> torch.Tensor:
+        """The change as a matrix in the storage order of the weight, in float32."""
+        rows = torch.zeros(self.shape, device=self.factors.device)
+        self.add_to(rows, 0)
+        return rows
 
 
 class LoraHandle:
@@ -156,9 +191,9 @@ class LoraRecipe:
         Raises:
             RejectedError: AG-RCP-023 if it is not attached.
         """
-        facts = _facts_of(handle.attachment)
-        for module in _targets(handle.model, facts).values():
-            unpatch(module, handle.attachment.attachment_id)
+        modules = _targets(handle.model, _facts_of(handle.attachment)).values()
+        places = [(module, "weight") for module in modules]
+        unpatch(places, handle.attachment.attachment_id)
 
 
 def target_linears(family: str, target_modules: tuple[str, ...]) -> tuple[str, ...]:
@@ -197,7 +232,7 @@ def _facts_of(attachment: Attachment) -> LoraFacts:
 def _targets(model: PreTrainedModel, facts: LoraFacts) -> dict[str, nn.Module]:
     """Target modules of the base's own blocks, by the names PEFT gives them in the plain base."""
     family = surgery.find_family(model.config)
-    prefix = f"{_PEFT_PREFIX}{family.trunk}.{family.blocks}"
+    prefix = f"{PREFIX}{family.trunk}.{family.blocks}"
     return {
         f"{prefix}.{number}.{linear}": block.get_submodule(linear)
         for number, block in enumerate(surgery.base_blocks(model))
@@ -212,7 +247,7 @@ def _is_attached(attachment: Attachment, model: PreTrainedModel) -> bool:
 
 def changes_of(
     attachment: Attachment, model: PreTrainedModel
-) -> Iterator[tuple[str, nn.Module, Change | DoraChange]]:
+) -> Iterator[tuple[str, nn.Module, LowRank | DoraChange]]:
     """Each target's name, its module and its change at the attachment's dose.
 
     Raises:
@@ -223,16 +258,17 @@ def changes_of(
         raise RejectedError("AG-RCP-021", "a dose lies between 0 and 1")
     transposed = surgery.find_family(model.config).transposed
     settings = facts.settings
-    scale = settings.scale if settings.dora else dose * settings.scale
     for name, module in _targets(model, facts).items():
         a = attachment.tensors[f"{name}.lora_A.weight"]
         b = attachment.tensors[f"{name}.lora_B.weight"]
-        change = Change(a, b, scale, transposed)
         if settings.dora:
-            lengths = attachment.tensors[f"{name}.lora_magnitude_vector"]
-            yield name, module, DoraChange(change, lengths, dose)
+            low_rank = _low_rank(a, b, settings.scale, transposed)
+            wanted = attachment.tensors[f"{name}.lora_magnitude_vector"].float()
+            found = _row_lengths(_changed(original_of(module), low_rank), transposed)
+            factors = torch.where(found > 0.0, wanted.to(found.device) / found, 0.0)
+            yield name, module, DoraChange(module, low_rank, factors, transposed, dose)
         else:
-            yield name, module, change
+            yield name, module, _low_rank(a, b, dose * settings.scale, transposed)
 
 
 def starting_tensors(attachment: Attachment, model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -246,7 +282,7 @@ def starting_tensors(attachment: Attachment, model: PreTrainedModel) -> dict[str
         if facts.settings.frozen_a:
             start[f"{name}.lora_A.weight"] = attachment.tensors[f"{name}.lora_A.weight"]
         if facts.settings.dora:
-            lengths = row_lengths(original_weight(module), transposed)
+            lengths = _row_lengths(original_of(module), transposed)
             start[f"{name}.lora_magnitude_vector"] = lengths.to("cpu")
     return start
 
@@ -276,23 +312,41 @@ def fold_dose(
         raise RejectedError("AG-RCP-024", "a DoRA adapter at a part of its dose needs its base")
     for name, module, change in changes_of(attachment, model):
         assert isinstance(change, DoraChange)
-        weight, low_rank = original_weight(module).to("cpu", torch.float32), change.low_rank
-        transposed = low_rank.transposed
-        found = row_lengths(weight + low_rank.dense(weight), transposed)
-        parts = change.scale * torch.where(found > 0.0, change.magnitude.float() / found, 0.0)
-        whole = 1.0 - change.scale + parts
-        folded = replace(low_rank, b=low_rank.b.float() * (parts / whole)[:, None])
-        lengths = whole * row_lengths(weight + folded.dense(weight), transposed)
+        parts = attachment.dose * change.factors.to("cpu")
+        whole = 1.0 - attachment.dose + parts
+        a, b = tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"]
+        b = b.float() * (parts / whole)[:, None]
+        low_rank = _low_rank(a, b, settings.scale, change.transposed)
+        after = _changed(original_of(module).to("cpu"), low_rank)
+        lengths = whole * _row_lengths(after, change.transposed)
         if not bool(torch.isfinite(lengths).all()):
             raise RejectedError("AG-RCP-024", "an output of the adapter vanishes at this dose")
-        tensors[f"{name}.lora_B.weight"] = folded.b
+        tensors[f"{name}.lora_B.weight"] = b
         tensors[f"{name}.lora_magnitude_vector"] = lengths
     return settings, tensors
 
 
+def _low_rank(a: torch.Tensor, b: torch.Tensor, scale: float, transposed: bool) -> LowRank:
+    """B A, scaled, in the storage order of the weight; A is [rank, inputs], B [outputs, rank]."""
+    return LowRank(a.T, b.T, scale) if transposed else LowRank(b, a, scale)
+
+
+def _changed(weight: torch.Tensor, low_rank: LowRank) -> torch.Tensor:
+    """A weight with a change, in float32."""
+    after = weight.to(torch.float32, copy=True)
+    low_rank.add_to(after, 0)
+    return after
+
+
+def _row_lengths(weight: torch.Tensor, transposed: bool) -> torch.Tensor:
+    """The length of each output's row, [outputs], in float32."""
+    lengths: torch.Tensor = weight.to(torch.float32).norm(dim=0 if transposed else 1)
+    return lengths
+
+
 def _write_changes(attachment: Attachment, model: PreTrainedModel) -> None:
-    for _, module, change in changes_of(attachment, model):
-        patch(module, attachment.attachment_id, change)
+    changes = [(module, "weight", change) for _, module, change in changes_of(attachment, model)]
+    patch(changes, attachment.attachment_id)
 
 
 @contextlib.contextmanager
@@ -351,7 +405,7 @@ def _adapted(
 
 def _peft_name(name: str) -> str:
     """The name of an adapter's parameter in PEFT's file format."""
-    name = _PEFT_PREFIX + name.replace(".default.", ".")
+    name = PREFIX + name.replace(".default.", ".")
     return name.removesuffix(".weight") if ".lora_magnitude_vector." in name else name
 
 

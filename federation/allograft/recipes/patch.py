@@ -1,14 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Changes written into weights, and taken out again exactly.
 
-A patched matrix remembers its original and every change on it, by owner. Its value is always
+A patched tensor remembers its original and every change on it, by owner. Its value is always
 original + the sum of the changes in the order of their owners' ids, so it depends on which
 attachments are on the model and not on the history; with none left the original bits return.
+
+The sum is formed a few rows at a time: beside the weights, their originals and the attachments'
+own tensors, writing takes one block of rows in float32, never a dense change of a whole matrix.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -19,137 +24,128 @@ from allograft.recipes.blocks import has_insertions
 
 _PATCHES = "allograft_patches"
 
+#: Entries of a block of rows, 16 MiB in float32.
+_BLOCK_ENTRIES = 1 << 22
 
-@dataclass(frozen=True, slots=True, eq=False)
-class Change:
-    """scale · B A, with A [rank, inputs] and B [outputs, rank]."""
 
-    a: torch.Tensor
-    b: torch.Tensor
-    scale: float
-    transposed: bool  # the matrix is stored input-first
+class Change(Protocol):
+    """What an attachment adds to one tensor, at its dose."""
+
+    @property
+    def scale(self) -> float:
+        """What the change is multiplied with; at 0 the tensor is as without it, to the bit."""
+        ...
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the weight that it fits, as stored."""
-        outputs, inputs = self.b.shape[0], self.a.shape[1]
-        return (inputs, outputs) if self.transposed else (outputs, inputs)
+        """Of the tensor as it is stored."""
+        ...
 
-    def dense(self, original: torch.Tensor) -> torch.Tensor:
-        """The change as a matrix in the storage order of the weight, in float32."""
-        device = original.device
-        product = self.b.to(device, torch.float32) @ self.a.to(device, torch.float32)
-        return (product.T if self.transposed else product) * self.scale
+    def add_to(self, rows: torch.Tensor, first: int) -> None:
+        """Add the scaled change to float32 rows of the tensor, the first of them number `first`."""
+        ...
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class DoraChange:
-    """scale · (m V / |V| - W), where V is the original W with a low-rank change.
+class LowRank:
+    """scale · left right, with left [rows, rank] and right [rank, columns] as stored."""
 
-    m [outputs] and |V| are lengths of each output's row. A row of V without length stays without:
-    PEFT would divide by zero.
-    """
-
-    low_rank: Change
-    magnitude: torch.Tensor
+    left: torch.Tensor
+    right: torch.Tensor
     scale: float
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the weight that it fits, as stored."""
-        return self.low_rank.shape
+        """Of the matrix."""
+        return len(self.left), self.right.shape[1]
 
-    def dense(self, original: torch.Tensor) -> torch.Tensor:
-        """The change as a matrix in the storage order of the weight, in float32."""
-        before = original.to(torch.float32)
-        after = before + self.low_rank.dense(original)
-        wanted = self.magnitude.to(after.device, torch.float32)
-        found = row_lengths(after, self.low_rank.transposed)
-        factors = torch.where(found > 0.0, wanted / found, 0.0)
-        after *= factors if self.low_rank.transposed else factors[:, None]
-        return after.sub_(before).mul_(self.scale)
+    def add_to(self, rows: torch.Tensor, first: int) -> None:
+        """See `Change`."""
+        left = self.left[first : first + len(rows)].to(rows.device, torch.float32)
+        rows.addmm_(left, self.right.to(rows.device, torch.float32), alpha=self.scale)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class DenseChange:
-    """scale · a matrix in the storage order of the weight."""
+class Dense:
+    """scale · value."""
 
-    matrix: torch.Tensor
+    value: torch.Tensor
     scale: float
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The shape of the weight that it fits, as stored."""
-        return tuple(self.matrix.shape)
+        """Of the tensor."""
+        return tuple(self.value.shape)
 
-    def dense(self, original: torch.Tensor) -> torch.Tensor:
-        """The change, in float32."""
-        return self.matrix.to(original.device, torch.float32) * self.scale
+    def add_to(self, rows: torch.Tensor, first: int) -> None:
+        """See `Change`."""
+        part = self.value[first : first + len(rows)]
+        rows.add_(part.to(rows.device, torch.float32), alpha=self.scale)
 
 
-AnyChange = Change | DoraChange | DenseChange
+#: A module, the name of its parameter and the change to it.
+Place = tuple[nn.Module, str, Change]
 
 
 @dataclass(slots=True)
 class _Patches:
     original: torch.Tensor
-    changes: dict[str, AnyChange] = field(default_factory=dict)
+    changes: dict[str, Change] = field(default_factory=dict)
 
 
-def patch(module: nn.Module, owner: str, change: AnyChange) -> None:
-    """Add a change to a module's weight, or replace this owner's earlier one.
-
-    Raises:
-        RejectedError: AG-RCP-003 if the change has another shape than the weight.
-    """
-    weight = _weight(module)
-    if change.shape != tuple(weight.shape):
-        raise RejectedError("AG-RCP-003", "a change does not fit its matrix")
-    patches: _Patches | None = getattr(module, _PATCHES, None)
-    if patches is None:
-        patches = _Patches(weight.detach().clone())
-        setattr(module, _PATCHES, patches)
-    patches.changes[owner] = change
-    _write(weight, patches)
-
-
-def unpatch(module: nn.Module, owner: str) -> None:
-    """Take an owner's change out.
+def patch(places: Iterable[Place], owner: str) -> None:
+    """Add an owner's changes to parameters, or replace its earlier ones there: all or none.
 
     Raises:
-        RejectedError: AG-RCP-023 if it has none here.
+        RejectedError: AG-RCP-003 if a change has another shape than its parameter.
     """
-    patches: _Patches | None = getattr(module, _PATCHES, None)
-    if patches is None or owner not in patches.changes:
-        raise RejectedError("AG-RCP-023", "the attachment is not on this model")
-    del patches.changes[owner]
-    _write(_weight(module), patches)
-    if not patches.changes:
-        delattr(module, _PATCHES)
+    done: list[tuple[nn.Module, str, Change | None]] = []
+    try:
+        for module, name, change in places:
+            value = _parameter(module, name)
+            if tuple(value.shape) != change.shape:
+                raise RejectedError("AG-RCP-003", "a change does not fit its tensor")
+            patched: dict[str, _Patches] = vars(module).setdefault(_PATCHES, {})
+            patches = patched.setdefault(name, _Patches(value.detach().clone()))
+            done.append((module, name, patches.changes.get(owner)))
+            patches.changes[owner] = change
+            _write(value, patches)
+    except BaseException:
+        # Memory may run out in the middle; the model must then be what it was.
+        for module, name, before in reversed(done):
+            _replace(module, name, owner, before)
+        raise
+
+
+def unpatch(places: Iterable[tuple[nn.Module, str]], owner: str) -> None:
+    """Take an owner's changes out.
+
+    Raises:
+        RejectedError: AG-RCP-023 if it has none at one of the places.
+    """
+    for module, name in places:
+        patches = _find(module).get(name)
+        if patches is None or owner not in patches.changes:
+            raise RejectedError("AG-RCP-023", "the attachment is not on this model")
+        _replace(module, name, owner, None)
 
 
 def is_patched(module: nn.Module, owner: str | None = None) -> bool:
     """Whether a module carries a change (of this owner)."""
-    patches: _Patches | None = getattr(module, _PATCHES, None)
-    return patches is not None and (owner is None or owner in patches.changes)
+    patched = _find(module).values()
+    return any(owner is None or owner in patches.changes for patches in patched)
 
 
 def matrix_shape(module: nn.Module, transposed: bool) -> tuple[int, int]:
     """(outputs, inputs) of a linear module, whichever way round it is stored."""
-    first, second = _weight(module).shape
+    first, second = _parameter(module, "weight").shape
     return (second, first) if transposed else (first, second)
 
 
-def original_weight(module: nn.Module) -> torch.Tensor:
-    """A linear module's weight as it is without any change on it."""
-    patches: _Patches | None = getattr(module, _PATCHES, None)
-    return _weight(module).detach() if patches is None else patches.original
-
-
-def row_lengths(weight: torch.Tensor, transposed: bool) -> torch.Tensor:
-    """The length of each output's row, [outputs], in float32."""
-    lengths: torch.Tensor = weight.to(torch.float32).norm(dim=0 if transposed else 1)
-    return lengths
+def original_of(module: nn.Module, name: str = "weight") -> torch.Tensor:
+    """A module's parameter as it is without any change on it; not to be written to."""
+    patches = _find(module).get(name)
+    return _parameter(module, name).detach() if patches is None else patches.original
 
 
 def has_attachments(model: PreTrainedModel) -> bool:
@@ -157,22 +153,44 @@ def has_attachments(model: PreTrainedModel) -> bool:
     return has_insertions(model) or any(is_patched(module) for module in model.modules())
 
 
-def _write(weight: nn.Parameter, patches: _Patches) -> None:
+def _find(module: nn.Module) -> dict[str, _Patches]:
+    found: dict[str, _Patches] = vars(module).get(_PATCHES, {})
+    return found
+
+
+def _replace(module: nn.Module, name: str, owner: str, change: Change | None) -> None:
+    """Put back what an owner had at a place before, or nothing."""
+    patched = _find(module)
+    patches = patched[name]
+    if change is None:
+        del patches.changes[owner]
+    else:
+        patches.changes[owner] = change
+    _write(_parameter(module, name), patches)
+    if not patches.changes:
+        del patched[name]
+    if not patched:
+        delattr(module, _PATCHES)
+
+
+def _write(value: nn.Parameter, patches: _Patches) -> None:
+    # A change at dose 0 adds nothing, not even the rounding of a sum.
+    active = [patches.changes[owner] for owner in sorted(patches.changes)]
+    active = [change for change in active if change.scale != 0.0]
     with torch.no_grad():
-        # A change at dose 0 adds nothing, not even the rounding of a sum.
-        active = {owner: c for owner, c in patches.changes.items() if c.scale != 0.0}
         if not active:
-            weight.copy_(patches.original)
+            value.copy_(patches.original)
             return
-        original = patches.original.to(weight.device)
-        total = original.to(torch.float32, copy=True)
-        for owner in sorted(active):
-            total += active[owner].dense(original)
-        weight.copy_(total)
+        step = max(1, _BLOCK_ENTRIES * len(value) // value.numel())
+        for first in range(0, len(value), step):
+            rows = patches.original[first : first + step].to(value.device, torch.float32, copy=True)
+            for change in active:
+                change.add_to(rows, first)
+            value[first : first + step].copy_(rows)
 
 
-def _weight(module: nn.Module) -> nn.Parameter:
-    weight = getattr(module, "weight", None)
-    if not isinstance(weight, nn.Parameter) or weight.ndim != 2:
-        raise RejectedError("AG-RCP-003", "a change targets something without a matrix")
-    return weight
+def _parameter(module: nn.Module, name: str) -> nn.Parameter:
+    value = getattr(module, name, None)
+    if not isinstance(value, nn.Parameter):
+        raise RejectedError("AG-RCP-003", "a change targets something without a parameter")
+    return value
