@@ -31,6 +31,7 @@ from allograft.privacy.gates import Submission, check_results, run_gates
 from allograft.privacy.policy import Policy
 from allograft.privacy.scan import Matcher, check_envelope
 from allograft.privacy.shapes import allow_list, read_base
+from allograft.provenance.ancestry import Ancestor
 from allograft.provenance.intoto import Statement
 from allograft.provenance.statement import (
     Dose,
@@ -127,7 +128,13 @@ def _check_list(site: Site, policy: Policy, plan: DonationPlan) -> None:
 def _check_parents(site: Site, policy: Policy, plan: DonationPlan) -> None:
     """Refuse to pass on what others' packets taught a model, unless licence and ε allow it."""
     epsilon = find_signed_plan(site, plan).epsilon() if plan.is_protected else None
-    policy.check_redonation(model_ancestors(site.store.model(plan.model)), plan.mode, epsilon)
+    policy.check_redonation(_ancestors(site, plan), plan.mode, epsilon)
+
+
+def _ancestors(site: Site, plan: DonationPlan) -> tuple[Ancestor, ...]:
+    """The packets inside the weights that a donation starts from, and inside a tuned model's."""
+    models = [site.store.model(name) for name in (plan.model, plan.tuned) if name]
+    return tuple(dict.fromkeys(entry for model in models for entry in model_ancestors(model)))
 
 
 def donate(site: Site, packet_id: str, plan: DonationPlan, tell: Progress) -> None:
@@ -199,8 +206,8 @@ class _Donation:
         started = now_text()
         extra: dict[str, Any] = {"workdir": str(work), "plan": self._plan.training_json()}
         if self._plan.tuned:
-            base = model_base(self._model).weights_digest
-            extra |= {"tuned": self._plan.tuned, "base_digest": base, "stage": self._plan.stage}
+            tuned = self._site.store.model(self._plan.tuned)
+            extra |= {"tuned": str(tuned.path), "stage": self._plan.stage}
         result = self._run("train", extra)
         return {**result, "started": started, "finished": now_text()}
 
@@ -371,7 +378,7 @@ class _Donation:
         )
 
     def _parents(self) -> tuple[Parent, ...]:
-        return tuple(entry.parent for entry in model_ancestors(self._model))
+        return tuple(entry.parent for entry in _ancestors(self._site, self._plan))
 
     def _training_run(self, extract: Mapping[str, Any]) -> TrainingRun:
         self._data.check()

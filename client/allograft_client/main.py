@@ -46,6 +46,7 @@ app.add_typer(main_privacy.ledger_app, name="ledger")
 app.add_typer(main_policy.app, name="policy")
 for _command in (
     main_packet.donate,
+    main_packet.recipes,
     main_packet.approve,
     main_packet.dispatch,
     main_packet.withdraw,

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import inspect
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,20 +12,18 @@ from typing import Annotated, Any
 import typer
 
 from allograft.cli.shell import Format, FormatOption, emit
+from allograft.crypto import canonical
 from allograft.errors import RejectedError
 from allograft.evaluate.screen import NO_PROOF
 from allograft.privacy.page import tell_findings
 from allograft.privacy.report import FullReport, read_report
-from allograft.recipes.plan import make_recipe_plan
+from allograft.recipes.plan import RECIPE_PLANS, make_recipe_plan
 from allograft_client import requests
 from allograft_client.follow import follow
 from allograft_client.main_model import finish
 from allograft_client.options import (
-    DoraOption,
-    FrozenOption,
-    RsloraOption,
+    ChoiceOption,
     StateOption,
-    TargetOption,
     TimeoutOption,
     WaitOption,
     open_state,
@@ -53,7 +53,9 @@ def donate(
     privacy_plan: Annotated[
         str, typer.Option("--plan", help="Modes strict and measured: the signed privacy plan.")
     ] = "",
-    recipe: Annotated[str, typer.Option(help="`organ`, `lora`, `delta` or `expert`.")] = "organ",
+    recipe: Annotated[
+        str, typer.Option(help="Kind of packet; see `allograft-site recipes`.")
+    ] = "organ",
     mode: Annotated[str, typer.Option(help="Privacy mode: open, measured or strict.")] = "open",
     language: Annotated[str, typer.Option(help="Language of the text.")] = "en",
     purpose: Annotated[str, typer.Option(help="What recipients may use it for.")] = (
@@ -73,48 +75,17 @@ def donate(
     accumulation: Annotated[int, typer.Option(min=1, help="Forward passes per step.")] = 1,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = 1e-3,
     window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 256,
-    blocks: Annotated[int, typer.Option(min=1, help="Organ: how many blocks.")] = 2,
-    position: Annotated[int | None, typer.Option(min=0, help="Organ: where they go.")] = None,
-    organ_mode: Annotated[str, typer.Option(help="Organ: insert or replace blocks.")] = "insert",
-    search_steps: Annotated[
-        int, typer.Option(min=0, help="Organ: steps of each trial of a position; 0 tries none.")
-    ] = 0,
-    rank: Annotated[int, typer.Option(min=1, help="LoRA: rank.")] = 8,
-    alpha: Annotated[float, typer.Option(help="LoRA: scale.")] = 16.0,
-    target_module: TargetOption = None,
-    rslora: RsloraOption = False,
-    dora: DoraOption = False,
-    frozen_a: FrozenOption = "",
-    bits: Annotated[int, typer.Option(help="Delta: 8, or 4 with 8 where it pays.")] = 4,
-    budget_bytes: Annotated[
-        int, typer.Option(min=0, help="Delta: most bytes of the payload; 0: see --energy.")
-    ] = 0,
-    energy: Annotated[float, typer.Option(help="Delta: share of the change that travels.")] = 0.9,
-    vectors: Annotated[
-        bool, typer.Option("--vectors", help="Delta: gains and biases learn too.")
-    ] = False,
-    embeddings: Annotated[
-        bool,
-        typer.Option("--embeddings", help="Delta: so do embeddings; they tell of the words used."),
-    ] = False,
+    choices: ChoiceOption = None,
     tuned: Annotated[
-        Path | None,
-        typer.Option(help="Delta: a snapshot trained from the model elsewhere; no training here."),
-    ] = None,
+        str,
+        typer.Option(
+            help="Delta or module graft: a model of this site that is the model after training "
+            "elsewhere; its change travels, nothing is trained."
+        ),
+    ] = "",
     stage: Annotated[
         str, typer.Option(help="Delta: what the model has been through, if it is no public base.")
     ] = "base",
-    carrier: Annotated[
-        str,
-        typer.Option(help="Expert: a `whole` small model, or an `organ` or `lora` on its base."),
-    ] = "whole",
-    mixing: Annotated[
-        str,
-        typer.Option(help="Expert: mixed in as an `ensemble`, or as a `difference` to its base."),
-    ] = "ensemble",
-    gate: Annotated[
-        float, typer.Option(help="Expert: unheard below this probability of its likeliest token.")
-    ] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of split and training.")] = 0,
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Less memory, a third more time.")
@@ -152,26 +123,9 @@ def donate(
         seed=seed,
         window_tokens=window,
         checkpointing=checkpointing,
-        recipe=make_recipe_plan(
-            recipe,
-            blocks=blocks,
-            position=position,
-            mode=organ_mode,
-            search_steps=search_steps,
-            rank=rank,
-            alpha=alpha,
-            target_modules=tuple(target_module or ()),
-            rslora=rslora,
-            dora=dora,
-            frozen_a=frozen_a,
-            bits=bits,
-            budget_bytes=budget_bytes,
-            energy=energy,
-            vectors=vectors,
-            embeddings=embeddings,
-        ),
+        recipe=make_recipe_plan(recipe, choices or ()),
         privacy_plan=privacy_plan,
-        tuned="" if tuned is None else str(tuned.resolve()),
+        tuned=tuned,
         stage=stage,
     )
     if privacy_plan:
@@ -180,6 +134,28 @@ def donate(
     packet_id, number = plan_donation(site, asked)
     result = {"packet_id": packet_id, **finish(site, number, wait, timeout_s, format)}
     emit(result, format, lambda value: _render_donated(site, packet_id))
+
+
+def recipes(format: FormatOption = Format.text) -> None:
+    """List the kinds of packets that can be donated, and what can be chosen for each."""
+    listed = {
+        kind: {"about": inspect.getdoc(plan) or "", "choices": make_recipe_plan(kind).to_json()}
+        for kind, plan in RECIPE_PLANS.items()
+    }
+    emit(listed, format, _render_recipes)
+
+
+def _render_recipes(listed: Mapping[str, Any]) -> str:
+    parts = []
+    for kind, said in listed.items():
+        words = (f"{name}={_render_choice(value)}" for name, value in said["choices"].items())
+        about = textwrap.indent(said["about"], "  ")
+        parts.append(f"{kind}\n{about}\n\n  As usual: {', '.join(words)}\n")
+    return "\n".join(parts)
+
+
+def _render_choice(value: canonical.Json) -> str:
+    return {None: "none", True: "true", False: "false"}.get(value, str(value))
 
 
 def approve(

@@ -23,11 +23,8 @@ from allograft.recipes.documents import group_persons, read_documents
 from allograft.recipes.plan import make_recipe_plan
 from allograft_client.budget import Budget
 from allograft_client.options import (
-    DoraOption,
-    FrozenOption,
-    RsloraOption,
+    ChoiceOption,
     StateOption,
-    TargetOption,
     open_state,
 )
 from allograft_client.plan import DonationPlan
@@ -62,7 +59,9 @@ _STRENGTH = (
 def new(
     model: Annotated[str, typer.Option(help="Model of this site to train on.")],
     domain: Annotated[str, typer.Option(help="Whose data: a domain of the ledger.")],
-    kind: Annotated[str, typer.Option(help="Kind of packet, such as organ or lora.")] = "lora",
+    kind: Annotated[
+        str, typer.Option(help="Kind of packet; see `allograft-site recipes`.")
+    ] = "lora",
     mode: Annotated[str, typer.Option(help="strict, or measured without formal bound.")] = "strict",
     target_epsilon: Annotated[
         float | None, typer.Option(help="Epsilon this run may cost; fixes the noise.")
@@ -82,38 +81,7 @@ def new(
         int, typer.Option(min=1, help="Mode measured: windows per forward pass.")
     ] = 16,
     window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 256,
-    blocks: Annotated[int, typer.Option(min=1, help="Organ: how many blocks.")] = 2,
-    position: Annotated[int | None, typer.Option(min=0, help="Organ: where they go.")] = None,
-    organ_mode: Annotated[str, typer.Option(help="Organ: insert or replace blocks.")] = "insert",
-    rank: Annotated[int, typer.Option(min=1, help="LoRA: rank.")] = 8,
-    alpha: Annotated[float, typer.Option(help="LoRA: scale.")] = 16.0,
-    target_module: TargetOption = None,
-    rslora: RsloraOption = False,
-    dora: DoraOption = False,
-    frozen_a: FrozenOption = "",
-    bits: Annotated[int, typer.Option(help="Delta: 8, or 4 with 8 where it pays.")] = 4,
-    budget_bytes: Annotated[
-        int, typer.Option(min=0, help="Delta: most bytes of the payload; 0: see --energy.")
-    ] = 0,
-    energy: Annotated[float, typer.Option(help="Delta: share of the change that travels.")] = 0.9,
-    vectors: Annotated[
-        bool, typer.Option("--vectors", help="Delta: gains and biases learn too.")
-    ] = False,
-    embeddings: Annotated[
-        bool,
-        typer.Option("--embeddings", help="Delta: so do embeddings; they tell of the words used."),
-    ] = False,
-    carrier: Annotated[
-        str,
-        typer.Option(help="Expert: a `whole` small model, or an `organ` or `lora` on its base."),
-    ] = "whole",
-    mixing: Annotated[
-        str,
-        typer.Option(help="Expert: mixed in as an `ensemble`, or as a `difference` to its base."),
-    ] = "ensemble",
-    gate: Annotated[
-        float, typer.Option(help="Expert: unheard below this probability of its likeliest token.")
-    ] = 0.0,
+    choices: ChoiceOption = None,
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Less memory, a third more time.")
     ] = False,
@@ -159,23 +127,7 @@ def new(
         batch_windows=batch,
         learning_rate=learning_rate,
         window_tokens=window,
-        recipe=make_recipe_plan(
-            kind,
-            blocks=blocks,
-            position=position,
-            mode=organ_mode,
-            rank=rank,
-            alpha=alpha,
-            target_modules=tuple(target_module or ()),
-            rslora=rslora,
-            dora=dora,
-            frozen_a=frozen_a,
-            bits=bits,
-            budget_bytes=budget_bytes,
-            energy=energy,
-            vectors=vectors,
-            embeddings=embeddings,
-        ),
+        recipe=make_recipe_plan(kind, choices or ()),
         checkpointing=checkpointing,
         holdout=holdout,
         person_field=person_field,

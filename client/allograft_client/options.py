@@ -30,26 +30,13 @@ WaitOption = Annotated[
 TimeoutOption = Annotated[
     float, typer.Option("--timeout", min=1.0, help="Seconds to wait; the request stays queued.")
 ]
-TargetOption = Annotated[
+ChoiceOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--target-module",
-        help="LoRA: change the modules of this name only, such as q_proj; give it several times. "
-        "All linear modules if not given.",
-        show_default=False,
-    ),
-]
-RsloraOption = Annotated[
-    bool, typer.Option("--rslora", help="LoRA: scale by alpha / sqrt(rank), not alpha / rank.")
-]
-DoraOption = Annotated[
-    bool, typer.Option("--dora", help="LoRA: learn the length of each output's row besides.")
-]
-FrozenOption = Annotated[
-    str,
-    typer.Option(
-        "--frozen-a",
-        help="LoRA: name of the consortium's public seed that A is drawn from; B alone learns.",
+        "--set",
+        metavar="NAME=VALUE",
+        help="A choice of the recipe, such as rank=16; give it several times for several. "
+        "`allograft-site recipes` lists them all.",
         show_default=False,
     ),
 ]

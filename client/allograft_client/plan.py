@@ -19,6 +19,7 @@ from allograft.privacy.plan import PrivacyPlan
 from allograft.recipes.plan import (
     DeltaPlan,
     LoopPlan,
+    OrganPlan,
     RecipePlan,
     make_recipe_plan,
     read_recipe_plan,
@@ -54,8 +55,8 @@ class DonationPlan:
         person_field: JSONL field that says whom a record is about; the privacy plan fixes it.
         holdout: Chance of each person to be held out of training, for the audits.
         private: Constants of the privacy plan; None without differential privacy.
-        tuned: Kind delta: directory of a snapshot that was trained from the model elsewhere; its
-            path never leaves the site. Nothing is trained then.
+        tuned: Kinds delta and module_graft: a model of this site that is `model` after training
+            elsewhere; its change travels, and nothing is trained.
         stage: Kind delta: what the model has been through; `base` for a public base.
     """
 
@@ -162,19 +163,19 @@ class DonationPlan:
             raise RejectedError("AG-IN-003", "the share of held-out persons is not between 0 and 1")
         self.loop().check()
         self.admitted()
-        self._check_delta()
+        self._check_recipe()
         if self.is_protected != bool(self.privacy_plan):
             needs = "needs a signed privacy plan" if self.is_protected else "has no privacy plan"
             raise RejectedError("AG-PRV-053", f"mode {self.mode} {needs}")
-        searches: int = getattr(self.recipe, "search_steps", 0)
-        if self.is_protected and searches:
-            raise RejectedError("AG-RCP-029", "each trial on private data is a run of its own")
         return self
 
-    def _check_delta(self) -> None:
-        if (self.tuned or self.stage != "base") and self.kind != "delta":
-            raise RejectedError("AG-RCP-035", "only a delta is made from snapshots")
-        if self.stage != "base" and not self.tuned:
+    def _check_recipe(self) -> None:
+        searches = isinstance(self.recipe, OrganPlan) and self.recipe.search_steps > 0
+        if self.is_protected and searches:
+            raise RejectedError("AG-RCP-029", "each trial on private data is a run of its own")
+        if self.tuned and self.kind not in {"delta", "module_graft"}:
+            raise RejectedError("AG-RCP-035", f"no {self.kind} is made from a tuned model")
+        if self.stage != "base" and not (self.tuned and self.kind == "delta"):
             raise RejectedError("AG-RCP-035", "a stage is that of a model from which --tuned came")
         if self.tuned and self.is_protected:
             # Nobody here saw that training: there is nothing to bound, and nobody to hold out.

@@ -159,8 +159,9 @@ def _train(task: Task, tell: Tell) -> dict[str, Any]:
     tell({"stage": "loading model"})
     workdir = Path(_text(task, "workdir"))
     plan = _read_plan(canonical.as_mapping(task["plan"]))
-    if "tuned" in task:
-        return _compare(task, workdir, plan)
+    tuned = Path(_text(task, "tuned")) if "tuned" in task else None
+    if tuned is not None and isinstance(plan.recipe, DeltaPlan):
+        return _compare(task, workdir, plan.recipe, tuned)
     loaded = _load(task)
     if task["people"]:
         windows = _person_windows(task, loaded)
@@ -171,7 +172,8 @@ def _train(task: Task, tell: Tell) -> dict[str, Any]:
     def progress(step: Step) -> None:
         tell({"stage": "training", "done": step.number, "of": step.steps, "loss": step.loss})
 
-    donor = Donor(loaded.model, windows, workdir, progress)
+    other = load_model(tuned, str(loaded.model.device)) if tuned is not None else None
+    donor = Donor(loaded.model, windows, workdir, progress, tuned=other)
     extract = load_recipe(_text(task, "kind")).extract(donor, plan)
     return {
         "files": [path.name for path in extract.files],
@@ -182,12 +184,11 @@ def _train(task: Task, tell: Tell) -> dict[str, Any]:
     }
 
 
-def _compare(task: Task, workdir: Path, plan: Plan) -> dict[str, Any]:
+def _compare(task: Task, workdir: Path, plan: DeltaPlan, tuned: Path) -> dict[str, Any]:
     """A delta of two snapshots, in the form of a training's result."""
-    assert isinstance(plan.recipe, DeltaPlan)
-    anchor, tuned = Path(_text(task, "model")), Path(_text(task, "tuned"))
+    anchor = Path(_text(task, "model"))
     digest, stage = canonical.as_sha256(task["base_digest"]), _text(task, "stage")
-    extract = extract_difference(anchor, tuned, plan.recipe, workdir, digest, stage)
+    extract = extract_difference(anchor, tuned, plan, workdir, digest, stage)
     return {
         "files": [path.name for path in extract.files],
         "facts": extract.facts.to_json(),

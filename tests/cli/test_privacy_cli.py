@@ -117,7 +117,7 @@ def test_a_plan_is_told_in_words(state, capsys) -> None:
 
 
 def test_the_plan_fixes_how_the_donation_will_train(state, capsys) -> None:
-    made = draft(capsys, state, "--window", 64, "--learning-rate", 0.003, "--rank", 4)
+    made = draft(capsys, state, "--window", 64, "--learning-rate", 0.003, "--set", "rank=4")
     training = made["training"]
     assert (training["window_tokens"], training["recipe"]["rank"]) == (64, 4)
     assert training["loop"]["learning_rate"] == 0.003
@@ -125,11 +125,16 @@ def test_the_plan_fixes_how_the_donation_will_train(state, capsys) -> None:
 
 
 def test_the_plan_fixes_what_kind_of_adapter_it_will_be(state, capsys) -> None:
-    modules = ("--target-module", "q_proj", "--target-module", "up_proj")
-    made = draft(capsys, state, *modules, "--rslora", "--frozen-a", "wards.2026")
+    choices = ("target_modules=q_proj+up_proj", "rslora=true", "frozen_a=wards.2026")
+    made = draft(capsys, state, *(word for choice in choices for word in ("--set", choice)))
     recipe = LoraPlan.from_json(made["training"]["recipe"])
     assert recipe == LoraPlan(8, 16.0, ("q_proj", "up_proj"), True, False, "wards.2026")
-    assert LoraPlan.from_json(draft(capsys, state, "--dora")["training"]["recipe"]).dora
+    assert LoraPlan.from_json(draft(capsys, state, "--set", "dora=true")["training"]["recipe"]).dora
+
+
+def test_the_plan_fixes_how_many_modules_are_grafted(state, capsys) -> None:
+    made = draft(capsys, state, "--kind", "module_graft", "--modules", 8, "--ranking", "change")
+    assert made["training"]["recipe"] == {"modules": 8, "ranking": "change"}
 
 
 def test_loop_parameters_tell_nothing_of_the_data(state, capsys) -> None:
@@ -161,10 +166,11 @@ def test_the_plan_fixes_who_is_a_person_and_donate_cannot(state, capsys) -> None
      (("--clip", "nan"), (1, "AG-PRV-050")), (("--holdout", "1.5"), (1, "AG-IN-003")),
      (("--holdout", "nan"), (1, "AG-PRV-052")), (("--kind", "foo"), (1, "AG-RCP-001")),
      (("--learning-rate", "nan"), (1, "AG-PRV-052")), (("--learning-rate", "0"), (1, "AG-RCP-035")),
-     (("--alpha", "inf"), (1, "AG-PRV-052")), (("--rank", str(10**30)), (1, "AG-PRV-052")),
-     (("--dora", "--frozen-a", "wards"), (1, "AG-PKT-009")),
-     (("--target-module", "lm_head"), (1, "AG-PKT-009")),
-     (("--frozen-a", "Mrs Smith"), (1, "AG-PRV-052")), (("--rank", "600"), (1, "AG-PKT-009")),
+     (("--set", "alpha=inf"), (1, "AG-PRV-052")), (("--set", f"rank={10**30}"), (1, "AG-PRV-052")),
+     (("--kind", "module_graft", "--ranking", "best"), (1, "AG-RCP-035")),
+     (("--set", "dora=true", "--set", "frozen_a=wards"), (1, "AG-PKT-009")),
+     (("--set", "target_modules=lm_head"), (1, "AG-PKT-009")),
+     (("--set", "frozen_a=Mrs Smith"), (1, "AG-PRV-052")), (("--set", "rank=600"), (1, "AG-PKT-009")),
      (("--people-at-least", str(10**18), "--delta", "1e-20"), (1, "AG-PRV-050"))],
 )  # fmt: skip
 def test_refuses_a_plan_that_promises_nothing(state, capsys, more, refused) -> None:

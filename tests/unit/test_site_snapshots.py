@@ -23,7 +23,7 @@ OPEN = DonationPlan(
     declared_by="data-owner",
     domain="cardiology",
     recipe=DeltaPlan(bits=8),
-    tuned="/private/tuned",
+    tuned="ward-tuned",
     stage="post-sft",
 )
 
@@ -35,6 +35,7 @@ def test_provenance_says_snapshots_and_neither_where_nor_how_they_were_trained()
     assert public["source"] == "snapshots"
     assert "loop" not in public
     assert "/private" not in str(public)
+    assert "ward-tuned" not in str(public)
     assert DonationPlan.from_json(OPEN.to_json()) == OPEN
 
 

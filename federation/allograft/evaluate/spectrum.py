@@ -23,7 +23,13 @@ from allograft.evaluate.screen import ModuleFigures
 from allograft.recipes.base import Attachment
 from allograft.recipes.delta import delta_places, packed_directions
 from allograft.recipes.factors import unpack
-from allograft.recipes.facts import DeltaFacts, ExpertFacts, LoraFacts, OrganFacts
+from allograft.recipes.facts import (
+    DeltaFacts,
+    ExpertFacts,
+    LoraFacts,
+    ModuleGraftFacts,
+    OrganFacts,
+)
 from allograft.recipes.lora import changes_of
 from allograft.recipes.patch import LowRank, make_dense, original_weight
 from allograft.recipes.stack import starting_point
@@ -89,6 +95,10 @@ def _modules(
             if match and name in start:
                 learnt = value.float() - start[name].float()
                 yield match["name"], _weigh_matrix(learnt.reshape(len(learnt), -1), generator)
+    elif isinstance(facts, ModuleGraftFacts):
+        for name, value in sorted(attachment.tensors.items()):
+            learnt = value.to(model.device, torch.float32)
+            yield _module_name(name), _weigh_matrix(learnt.reshape(len(learnt), -1), generator)
     elif isinstance(facts, OrganFacts):
         start = starting_point(attachment, model)
         for name, value in sorted(attachment.tensors.items()):

@@ -40,6 +40,7 @@ KINDS: MappingProxyType[str, Kind] = MappingProxyType(
             Kind("organ", ("organ.safetensors",)),
             Kind("delta", ("delta.safetensors",), QUANTISED_RULES),
             Kind("expert", ("expert.safetensors",), binds="tokenizer"),
+            Kind("module_graft", ("modules.safetensors",)),
         )
     }
 )

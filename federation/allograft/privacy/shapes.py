@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,6 +41,7 @@ _HEAD = "lm_head.weight"
 _OTHER = re.compile(
     r"(?:.+\.)?((?:embed_tokens|wte|wpe|norm)\.weight|ln_f\.(?:weight|bias)|lm_head\.weight)"
 )
+_GRAFTED = re.compile(r"blocks\.(\d{1,5})\.([a-z0-9_.]{1,64})")
 _GAIN = re.compile(r"(?:.+\.)?(?:[a-z_]*norm|ln_[\df])\.weight")
 _CONFIG_BYTES = 1 << 20
 
@@ -146,6 +147,9 @@ def allow_list(kind: str, facts: Mapping[str, canonical.Json], base: BaseTensors
         return lora_tensors(base, settings)
     if name == "delta":
         return delta_tensors(base, facts)
+    if name == "module_graft":
+        modules = [canonical.as_text(each) for each in canonical.as_list(facts.get("modules"))]
+        return graft_tensors(base, modules)
     source, count = canonical.as_int(facts.get("source")), canonical.as_int(facts.get("blocks"))
     return organ_tensors(base, source, count)
 
@@ -242,6 +246,27 @@ def delta_tensors(base: BaseTensors, facts: Mapping[str, canonical.Json]) -> All
         )
         for name, tensor in tensors.items()
     }
+
+
+def graft_tensors(base: BaseTensors, modules: Sequence[str]) -> AllowList:
+    """The tensors of a module graft: weight and, where the base has one, bias of each module.
+
+    Raises:
+        RejectedError: AG-PRV-040 for modules that the base does not have.
+    """
+    allowed: dict[str, AllowedTensor] = {}
+    for module in modules:
+        match = _GRAFTED.fullmatch(module)
+        number, stem = (int(match[1]), match[2]) if match else (len(base.blocks), "")
+        block = base.blocks[number] if number < len(base.blocks) else {}
+        weight = block.get(f"{stem}.weight")
+        if weight is None or len(weight.shape) != 2:
+            raise RejectedError("AG-PRV-040", "the graft names a module without a matrix")
+        for name in (f"{stem}.weight", f"{stem}.bias"):
+            if tensor := block.get(name):
+                ceiling = _ceiling(name, tensor)
+                allowed[f"blocks.{number}.{name}"] = AllowedTensor(tensor.shape, ceiling)
+    return allowed
 
 
 def _matrices(base: BaseTensors, module: str) -> Iterator[tuple[int, str, BaseTensor]]:

@@ -17,7 +17,7 @@ from importlib import resources
 _FORMS = re.compile(
     r"(?:allograft |dp-accounting )?\d{1,4}(?:\.\d{1,4}){1,3}(?:\+cpu)?(?: rdp)?"
     r"|exposure(?:_max|_p)?\.\d{1,2}"
-    r"|(?:model\.|transformer\.)?(?:(?:layers|h)\.\d{1,4}\.)?(?:(?:self_attn|attn|mlp)\.)?"
+    r"|(?:model\.|transformer\.)?(?:(?:layers|h|blocks)\.\d{1,4}\.)?(?:(?:self_attn|attn|mlp)\.)?"
     r"(?:[a-z]{1,4}_(?:proj|attn|fc)|wte|wpe|lm_head|embed_tokens)(?:\.weight|\.bias)?"
 )
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 #: Kinds that ship with this package. A site's policy may allow more, by the name of an installed
 #: entry point; a packet can only choose among the allowed ones.
-BUILT_IN_KINDS = frozenset({"organ", "lora", "delta", "expert"})
+BUILT_IN_KINDS = frozenset({"organ", "lora", "delta", "expert", "module_graft"})
 
 #: Kinds that measurement has not borne out. No packet travels with one, and `load_recipe` refuses
 #: them unless the caller's own allow-list names them.
@@ -143,6 +143,7 @@ class Donor:
     disk_bytes: int = 16 << 30  # ceiling for cached activations in a file under workdir
     private_way: PrivateWay = "auto"  # the same sums, but for rounding; no matter of the plan
     probe: Windows | None = None  # public text that recipients have too, for stitching
+    tuned: Any = None  # the base after training elsewhere; a kind that ships changes takes these
 
 
 @dataclass(frozen=True, slots=True)

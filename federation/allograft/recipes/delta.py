@@ -112,8 +112,8 @@ class DeltaRecipe:
             raise RejectedError("AG-RCP-022", "a delta is trained on the plain base")
         shape = surgery.describe_model(donor.model.config)
         places = _chosen_places(donor.model, recipe)
-        with _learning(donor.model, places, plan.loop) as (parameters, originals):
-            report = _train_parameters(donor, plan, parameters)
+        with learning_in_place(donor.model, places, plan.loop) as (parameters, originals):
+            report = train_in_place(donor, plan, parameters)
             changes = {
                 target: (value.detach() - originals[target].float()).to("cpu")
                 for target, value in parameters.items()
@@ -316,7 +316,7 @@ def _is_attached(attachment: Attachment, model: PreTrainedModel) -> bool:
 
 
 @contextlib.contextmanager
-def _learning(
+def learning_in_place(
     model: PreTrainedModel, places: Mapping[str, tuple[nn.Module, str]], plan: LoopPlan
 ) -> Iterator[tuple[dict[str, nn.Parameter], dict[str, torch.Tensor]]]:
     """The base with copies of some tensors in it, which alone can learn; the base afterwards.
@@ -348,9 +348,11 @@ def _learning(
             module.training = mode
 
 
-def _train_parameters(
+def train_in_place(
     donor: Donor, plan: Plan, parameters: Mapping[str, nn.Parameter]
 ) -> dict[str, canonical.Json]:
+    """Train parameters of the base itself; returns figures for the extract's report."""
+
     def forward(_numbers: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = donor.model(input_ids=tokens, use_cache=False).logits
         return logits

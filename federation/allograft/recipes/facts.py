@@ -8,6 +8,7 @@ read statements. See protos/spec/recipes.md.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -25,6 +26,7 @@ from allograft.recipes.base import (
     check_base,
     check_tokenizer,
 )
+from allograft.recipes.plan import RANKINGS
 
 #: How a dose acts on an organ, by its mode; stated in the facts so that no reader has to guess.
 DOSE_RULES: Mapping[str, str] = {"insert": "residual-branches", "replace": "change"}
@@ -365,12 +367,82 @@ class ExpertFacts:
         )
 
 
+_GRAFTED = re.compile(r"blocks\.(\d{1,5})\.[a-z0-9_.]{1,64}")
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleGraftFacts:
+    """What a recipient must know before it opens a module graft.
+
+    Modules stand in the order of their rank, strongest first, so that fewer of them can be used.
+    A score is how far a module's mean absolute output at the last token of the calibration prompts
+    moved (`activation`, `bottom`) or the Frobenius norm of its weight's change (`change`).
+
+    Attributes:
+        modules: `blocks.{n}.{name}` of each.
+        scores: One for each module, to three digits; 0 where the order is random.
+        calibration: SHA-256 (hex) of the calibration tokens; empty where none were used.
+        source: `trained` by the donor on its base, or a `snapshot` trained elsewhere.
+    """
+
+    shape: ModelShape
+    modules: tuple[str, ...]
+    scores: tuple[float, ...]
+    ranking: str
+    calibration: str
+    source: str
+    dtype: str
+
+    def __post_init__(self) -> None:
+        found = [_GRAFTED.fullmatch(name) for name in self.modules]
+        inside = all(match and int(match[1]) < self.shape.layers for match in found)
+        if not found or not inside or len(set(self.modules)) != len(found):
+            raise RejectedError("AG-RCP-002", "the graft's modules are none of its base")
+        # Written so that NaN refuses.
+        ranked = len(self.scores) == len(found) and all(0 <= s < math.inf for s in self.scores)
+        known = self.ranking in RANKINGS and self.source in {"trained", "snapshot"}
+        if not ranked or not known or self.dtype not in DTYPES:
+            raise RejectedError("AG-RCP-002", "the graft's scores, ranking or dtype are unknown")
+
+    def to_json(self) -> dict[str, canonical.Json]:
+        """The facts as a JSON object."""
+        return {
+            "shape": self.shape.to_json(),
+            "modules": list(self.modules),
+            "scores": list(self.scores),
+            "ranking": self.ranking,
+            "calibration": self.calibration,
+            "source": self.source,
+            "dtype": self.dtype,
+        }
+
+    @classmethod
+    def from_json(cls, value: canonical.Json) -> ModuleGraftFacts:
+        """Read and check the facts.
+
+        Raises:
+            RejectedError: AG-IN-003 if malformed, AG-RCP-002 if they contradict each other.
+        """
+        fields = canonical.as_object(value, cls.__dataclass_fields__.keys())
+        calibration = canonical.as_text(fields["calibration"])
+        return cls(
+            shape=ModelShape.from_json(fields["shape"]),
+            modules=tuple(canonical.as_text(name) for name in canonical.as_list(fields["modules"])),
+            scores=tuple(canonical.as_number(each) for each in canonical.as_list(fields["scores"])),
+            ranking=canonical.as_text(fields["ranking"]),
+            calibration=canonical.as_sha256(calibration) if calibration else "",
+            source=canonical.as_text(fields["source"]),
+            dtype=canonical.as_text(fields["dtype"]),
+        )
+
+
 #: How the facts of each kind are read.
 _READERS: Mapping[str, Callable[[canonical.Json], Facts]] = {
     "organ": OrganFacts.from_json,
     "lora": LoraFacts.from_json,
     "delta": DeltaFacts.from_json,
     "expert": ExpertFacts.from_json,
+    "module_graft": ModuleGraftFacts.from_json,
 }
 
 

@@ -7,9 +7,9 @@ Every number here is public: it goes into the signed provenance statement as it 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, get_type_hints
 
 from allograft.crypto import canonical
 from allograft.errors import RejectedError
@@ -224,12 +224,48 @@ class ExpertPlan:
         )
 
 
+#: How a module graft ranks the modules of its base; see `recipes.graft`.
+RANKINGS = ("activation", "change", "random", "bottom")
+
+
+@dataclass(frozen=True, slots=True)
+class ModuleGraftPlan:
+    """How many linear modules travel, and which come first.
+
+    Attributes:
+        modules: How many; 0 for all.
+        ranking: `activation` by how much their outputs changed, `change` by how much their weights
+            did, `random` and `bottom` (activation, the least first) as controls.
+    """
+
+    modules: int = 0
+    ranking: str = "activation"
+
+    def to_json(self) -> dict[str, canonical.Json]:
+        """The choices as a JSON object."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: canonical.Json) -> ModuleGraftPlan:
+        """Read them.
+
+        Raises:
+            RejectedError: AG-IN-003 if malformed, AG-RCP-035 for an unknown ranking.
+        """
+        fields = canonical.as_object(value, cls.__dataclass_fields__.keys())
+        plan = cls(canonical.as_int(fields["modules"]), canonical.as_text(fields["ranking"]))
+        if plan.modules < 0 or plan.ranking not in RANKINGS:
+            raise RejectedError("AG-RCP-035", f"a ranking is one of {', '.join(RANKINGS)}")
+        return plan
+
+
 #: What each kind lets a donor choose.
 RECIPE_PLANS: Mapping[str, type[RecipePlan]] = {
     "organ": OrganPlan,
     "lora": LoraPlan,
     "delta": DeltaPlan,
     "expert": ExpertPlan,
+    "module_graft": ModuleGraftPlan,
 }
 
 
@@ -242,15 +278,38 @@ def read_recipe_plan(kind: str, value: canonical.Json) -> RecipePlan:
     return _plan_class(kind).from_json(value)
 
 
-def make_recipe_plan(kind: str, **options: Any) -> RecipePlan:
-    """One kind's choices, from options of which other kinds' are left out.
+def make_recipe_plan(kind: str, choices: Sequence[str] = ()) -> RecipePlan:
+    """One kind's choices from words such as `rank=16`; what is not named is as usual.
 
     Raises:
-        RejectedError: AG-RCP-001 for an unknown kind.
+        RejectedError: AG-RCP-001 for an unknown kind, AG-IN-003 for a choice that it does not have
+            or cannot read; what the kind's `from_json` refuses.
     """
     made = _plan_class(kind)
-    known = getattr(made, "__dataclass_fields__", {})
-    return made(**{name: value for name, value in options.items() if name in known})
+    types = get_type_hints(made)
+    chosen: dict[str, Any] = {}
+    for choice in choices:
+        name, _, text = choice.partition("=")
+        if name not in types or name in chosen:
+            names = ", ".join(types)
+            raise RejectedError("AG-IN-003", f"{choice[:60]!r}: {kind} has {names}, each once")
+        chosen[name] = _read_choice(types[name], text, choice)
+    return made.from_json(made(**chosen).to_json())
+
+
+def _read_choice(kind: Any, text: str, choice: str) -> Any:
+    try:
+        if kind is bool:
+            return {"true": True, "false": False}[text]
+        if kind == int | None and text == "none":
+            return None
+        if kind in {int, int | None}:
+            return int(text)
+        if kind is float:
+            return float(text)
+    except (ValueError, KeyError):
+        raise RejectedError("AG-IN-003", f"{choice[:60]!r} cannot be read") from None
+    return tuple(text.split("+")) if kind == tuple[str, ...] else text
 
 
 def _plan_class(kind: str) -> type[RecipePlan]:

@@ -185,7 +185,7 @@ def _train(consortium: Consortium, way: Way, directory: Path, seed: int, stages:
 
 def _plan_options(way: Way) -> Sequence[str]:
     common = [
-        "--model", MODEL, "--domain", _DOMAIN, "--kind", "organ", "--blocks", "2",
+        "--model", MODEL, "--domain", _DOMAIN, "--kind", "organ", "--set", "blocks=2",
         "--steps", str(way.steps), "--learning-rate", str(way.learning_rate),
         "--window", str(_WINDOW), "--windows", str(_WINDOWS), "--batch", str(_BATCH),
         "--holdout", str(_HOLDOUT), "--person-field", "person",
