@@ -149,13 +149,15 @@ def _render_recipes(listed: Mapping[str, Any]) -> str:
     parts = []
     for kind, said in listed.items():
         words = (f"{name}={_render_choice(value)}" for name, value in said["choices"].items())
-        about = textwrap.indent(said["about"], "  ")
+        about = textwrap.indent(said["about"].replace("Attributes:", "Choices:"), "  ")
         parts.append(f"{kind}\n{about}\n\n  As usual: {', '.join(words)}\n")
     return "\n".join(parts)
 
 
 def _render_choice(value: canonical.Json) -> str:
-    return {None: "none", True: "true", False: "false"}.get(value, str(value))
+    if value is None:
+        return "none"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def approve(

@@ -133,8 +133,8 @@ def test_the_plan_fixes_what_kind_of_adapter_it_will_be(state, capsys) -> None:
 
 
 def test_the_plan_fixes_how_many_modules_are_grafted(state, capsys) -> None:
-    made = draft(capsys, state, "--kind", "module_graft", "--modules", 8, "--ranking", "change")
-    assert made["training"]["recipe"] == {"modules": 8, "ranking": "change"}
+    made = draft(capsys, state, "--kind", "module_graft", "--set", "modules=8")
+    assert made["training"]["recipe"] == {"modules": 8, "ranking": "activation"}
 
 
 def test_loop_parameters_tell_nothing_of_the_data(state, capsys) -> None:
@@ -167,10 +167,12 @@ def test_the_plan_fixes_who_is_a_person_and_donate_cannot(state, capsys) -> None
      (("--holdout", "nan"), (1, "AG-PRV-052")), (("--kind", "foo"), (1, "AG-RCP-001")),
      (("--learning-rate", "nan"), (1, "AG-PRV-052")), (("--learning-rate", "0"), (1, "AG-RCP-035")),
      (("--set", "alpha=inf"), (1, "AG-PRV-052")), (("--set", f"rank={10**30}"), (1, "AG-PRV-052")),
-     (("--kind", "module_graft", "--ranking", "best"), (1, "AG-RCP-035")),
+     (("--kind", "module_graft", "--set", "ranking=best"), (1, "AG-RCP-035")),
      (("--set", "dora=true", "--set", "frozen_a=wards"), (1, "AG-PKT-009")),
      (("--set", "target_modules=lm_head"), (1, "AG-PKT-009")),
-     (("--set", "frozen_a=Mrs Smith"), (1, "AG-PRV-052")), (("--set", "rank=600"), (1, "AG-PKT-009")),
+     (("--set", "frozen_a=Mrs Smith"), (1, "AG-PRV-052")),
+     (("--set", "rank=many"), (1, "AG-IN-003")), (("--set", "size=3"), (1, "AG-IN-003")),
+     (("--set", "rank=4", "--set", "rank=8"), (1, "AG-IN-003")), (("--set", "rank=600"), (1, "AG-PKT-009")),
      (("--people-at-least", str(10**18), "--delta", "1e-20"), (1, "AG-PRV-050"))],
 )  # fmt: skip
 def test_refuses_a_plan_that_promises_nothing(state, capsys, more, refused) -> None:
