@@ -29,6 +29,7 @@ from allograft.recipes.base import (
     Payload,
     Plan,
     Recipient,
+    Verdict,
 )
 from allograft.recipes.blocks import describe_model
 from allograft.recipes.blueprint import build_config
@@ -41,6 +42,7 @@ from allograft.recipes.patch import has_attachments
 from allograft.recipes.plan import ExpertPlan, LoopPlan, LoraPlan
 from allograft.recipes.snapshot import state_digest
 from allograft.recipes.stack import Stack, null_packet
+from allograft_client.recipient import Choice
 from kit.tiny import FAMILIES, generate, logits_of, tiny_model, tiny_tokens, tiny_windows
 
 LOOP = LoopPlan(steps=6, batch_windows=24, learning_rate=1e-2, warmup_steps=2)
@@ -255,7 +257,7 @@ def test_harness_measures_the_mixture(tmp_path: Path) -> None:
     assert measure(model, prepared).nats_per_token < before
 
 
-def test_refuses_a_cache_that_began_before_the_expert_came(tmp_path: Path) -> None:
+def test_refuses_what_it_cannot_follow_token_by_token(tmp_path: Path) -> None:
     made, model = extract(tmp_path), stranger()
     ids = tiny_tokens()
     with torch.no_grad():
@@ -264,6 +266,8 @@ def test_refuses_a_cache_that_began_before_the_expert_came(tmp_path: Path) -> No
         name = "cache" if "cache" in out else "past_key_values"
         with pytest.raises(RejectedError, match="AG-RCP-025"):
             model(input_ids=ids[:, :1], use_cache=True, **{name: out[name]})
+        with pytest.raises(RejectedError, match="AG-RCP-025"):
+            generate(model, use_cache=True, cache_implementation="static")
         with pytest.raises(RejectedError, match="AG-RCP-025"):
             model(inputs_embeds=model.get_input_embeddings()(ids))
 
@@ -337,6 +341,19 @@ def test_needs_the_tokenizer_and_only_for_a_change_the_base(tmp_path: Path) -> N
         assert judge(change, card(model, bases=frozenset({BASE}))) == ("behavioural", "")
         with pytest.raises(RejectedError, match="AG-RCP-014"):
             fit(workdir, change, model, bases=False)
+
+
+def test_site_puts_an_expert_beside_another_model_than_its_base(tmp_path: Path) -> None:
+    made, model = extract(tmp_path), stranger("gpt2")
+    declared = Declaration("expert", BASE, "t" * 64, made.facts.to_json())
+    own, other = (
+        Choice(None, RECIPE.check(declared, card(model, weights_digest=digest)))
+        for digest in (BASE, "d" * 64)
+    )
+    relative = Choice(None, Verdict("lineage", "", numbers={"lineage_cosine": 0.95}))
+    refused = Choice(None, Verdict("refuse", "", "AG-RCP-011"))
+    closest = sorted((refused, own, other, relative), key=lambda choice: choice.remoteness)
+    assert closest == [relative, other, own, refused]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

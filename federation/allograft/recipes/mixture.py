@@ -14,7 +14,8 @@ speaks alone; so it does beyond the positions that the expert knows. Several exp
 one after the other, in ascending order of their ids, so the result depends on the set alone.
 
 Each expert has a key-value cache of its own. It hangs on the recipient's cache and goes wherever
-that goes: a cache without it, or of another length, is refused rather than read.
+that goes: a cache without it, or of another length, is refused rather than read. So is a static
+cache: generation then hands down a mask made for the recipient's own layers.
 """
 
 from __future__ import annotations
