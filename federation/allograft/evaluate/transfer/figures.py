@@ -207,12 +207,13 @@ class _Maker:
             first = group[0]
             if first.role is Role.ZERO_SHOT:
                 continue
-            if not first.points:
+            tried = [cell for cell in group if cell.points]
+            if not tried:
                 refusals.append(Refusal(arm, recipient, first.code, first.reason))
                 continue
-            points = _mean_points(group)
+            points = _mean_points(tried)
             for point, how in self._choose(first, recipient, points):
-                rows.append(self._row(group, point, how))
+                rows.append(self._row(tried, point, how))
             if first.role is Role.RECIPE:
                 curves.append(self._curve(first, points))
         rows.sort(key=lambda row: (list(Role).index(row.role), row.arm))
