@@ -23,6 +23,7 @@ from allograft.crypto import canonical, dsse
 from allograft.durable import durable_write
 from allograft.errors import UnavailableError
 from allograft.packet import container, oms
+from allograft.packet.kinds import find_kind
 from allograft.packet.tensors import check_file
 from allograft.privacy.dossier import Dossier, PayloadPart, Software, warnings_of
 from allograft.privacy.egress import WIRE_DTYPES, rebuild_file, with_wire_dtype
@@ -196,7 +197,11 @@ class _Donation:
         work = self._directory / "work"
         work.mkdir(mode=0o700, exist_ok=True)
         started = now_text()
-        result = self._run("train", {"workdir": str(work), "plan": self._plan.training_json()})
+        extra: dict[str, Any] = {"workdir": str(work), "plan": self._plan.training_json()}
+        if self._plan.tuned:
+            base = model_base(self._model).weights_digest
+            extra |= {"tuned": self._plan.tuned, "base_digest": base, "stage": self._plan.stage}
+        result = self._run("train", extra)
         return {**result, "started": started, "finished": now_text()}
 
     def rebuild(self, extract: Mapping[str, Any]) -> dict[str, canonical.Json]:
@@ -340,7 +345,7 @@ class _Donation:
         norms = {}
         for part in parts:
             with (payload / part.name).open("rb") as handle:
-                norms[part.name] = check_file(handle).frobenius_norm
+                norms[part.name] = check_file(handle, find_kind(plan.kind).rules).frobenius_norm
         return PacketStatement(
             packet_id=self._packet_id,
             donor=self._site.name,

@@ -44,7 +44,7 @@ def donate(
     privacy_plan: Annotated[
         str, typer.Option("--plan", help="Modes strict and measured: the signed privacy plan.")
     ] = "",
-    recipe: Annotated[str, typer.Option(help="`organ` or `lora`.")] = "organ",
+    recipe: Annotated[str, typer.Option(help="`organ`, `lora` or `delta`.")] = "organ",
     mode: Annotated[str, typer.Option(help="Privacy mode: open, measured or strict.")] = "open",
     language: Annotated[str, typer.Option(help="Language of the text.")] = "en",
     purpose: Annotated[str, typer.Option(help="What recipients may use it for.")] = (
@@ -72,6 +72,25 @@ def donate(
     ] = 0,
     rank: Annotated[int, typer.Option(min=1, help="LoRA: rank.")] = 8,
     alpha: Annotated[float, typer.Option(help="LoRA: scale.")] = 16.0,
+    bits: Annotated[int, typer.Option(help="Delta: 8, or 4 with 8 where it pays.")] = 4,
+    budget_bytes: Annotated[
+        int, typer.Option(min=0, help="Delta: most bytes of the payload; 0: see --energy.")
+    ] = 0,
+    energy: Annotated[float, typer.Option(help="Delta: share of the change that travels.")] = 0.9,
+    vectors: Annotated[
+        bool, typer.Option("--vectors", help="Delta: gains and biases learn too.")
+    ] = False,
+    embeddings: Annotated[
+        bool,
+        typer.Option("--embeddings", help="Delta: so do embeddings; they tell of the words used."),
+    ] = False,
+    tuned: Annotated[
+        Path | None,
+        typer.Option(help="Delta: a snapshot trained from the model elsewhere; no training here."),
+    ] = None,
+    stage: Annotated[
+        str, typer.Option(help="Delta: what the model has been through, if it is no public base.")
+    ] = "base",
     seed: Annotated[int, typer.Option(min=0, help="Seed of split and training.")] = 0,
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Less memory, a third more time.")
@@ -117,8 +136,15 @@ def donate(
             search_steps=search_steps,
             rank=rank,
             alpha=alpha,
+            bits=bits,
+            budget_bytes=budget_bytes,
+            energy=energy,
+            vectors=vectors,
+            embeddings=embeddings,
         ),
         privacy_plan=privacy_plan,
+        tuned="" if tuned is None else str(tuned.resolve()),
+        stage=stage,
     )
     if privacy_plan:
         # Mode, kind, training and who is a person were fixed when the plan was signed.

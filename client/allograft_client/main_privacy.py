@@ -55,7 +55,7 @@ _STRENGTH = (
 def new(
     model: Annotated[str, typer.Option(help="Model of this site to train on.")],
     domain: Annotated[str, typer.Option(help="Whose data: a domain of the ledger.")],
-    kind: Annotated[str, typer.Option(help="Kind of packet: organ or lora.")] = "lora",
+    kind: Annotated[str, typer.Option(help="Kind of packet: organ, lora or delta.")] = "lora",
     mode: Annotated[str, typer.Option(help="strict, or measured without formal bound.")] = "strict",
     target_epsilon: Annotated[
         float | None, typer.Option(help="Epsilon this run may cost; fixes the noise.")
@@ -80,6 +80,18 @@ def new(
     organ_mode: Annotated[str, typer.Option(help="Organ: insert or replace blocks.")] = "insert",
     rank: Annotated[int, typer.Option(min=1, help="LoRA: rank.")] = 8,
     alpha: Annotated[float, typer.Option(help="LoRA: scale.")] = 16.0,
+    bits: Annotated[int, typer.Option(help="Delta: 8, or 4 with 8 where it pays.")] = 4,
+    budget_bytes: Annotated[
+        int, typer.Option(min=0, help="Delta: most bytes of the payload; 0: see --energy.")
+    ] = 0,
+    energy: Annotated[float, typer.Option(help="Delta: share of the change that travels.")] = 0.9,
+    vectors: Annotated[
+        bool, typer.Option("--vectors", help="Delta: gains and biases learn too.")
+    ] = False,
+    embeddings: Annotated[
+        bool,
+        typer.Option("--embeddings", help="Delta: so do embeddings; they tell of the words used."),
+    ] = False,
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Less memory, a third more time.")
     ] = False,
@@ -132,6 +144,11 @@ def new(
             mode=organ_mode,
             rank=rank,
             alpha=alpha,
+            bits=bits,
+            budget_bytes=budget_bytes,
+            energy=energy,
+            vectors=vectors,
+            embeddings=embeddings,
         ),
         checkpointing=checkpointing,
         holdout=holdout,

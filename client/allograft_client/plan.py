@@ -17,6 +17,7 @@ from allograft.privacy.dp import DpConstants
 from allograft.privacy.modes import AdmittedMode, Mode, admit_mode, declare
 from allograft.privacy.plan import PrivacyPlan
 from allograft.recipes.plan import (
+    DeltaPlan,
     LoopPlan,
     RecipePlan,
     make_recipe_plan,
@@ -53,6 +54,9 @@ class DonationPlan:
         person_field: JSONL field that says whom a record is about; the privacy plan fixes it.
         holdout: Chance of each person to be held out of training, for the audits.
         private: Constants of the privacy plan; None without differential privacy.
+        tuned: Kind delta: directory of a snapshot that was trained from the model elsewhere; its
+            path never leaves the site. Nothing is trained then.
+        stage: Kind delta: what the model has been through; `base` for a public base.
     """
 
     model: str
@@ -82,6 +86,8 @@ class DonationPlan:
     person_field: str = "person"
     holdout: float = 0.3
     private: DpConstants | None = None
+    tuned: str = ""
+    stage: str = "base"
 
     def admitted(self) -> AdmittedMode:
         """The privacy mode with its declaration.
@@ -156,6 +162,7 @@ class DonationPlan:
             raise RejectedError("AG-IN-003", "the share of held-out persons is not between 0 and 1")
         self.loop().check()
         self.admitted()
+        self._check_delta()
         if self.is_protected != bool(self.privacy_plan):
             needs = "needs a signed privacy plan" if self.is_protected else "has no privacy plan"
             raise RejectedError("AG-PRV-053", f"mode {self.mode} {needs}")
@@ -163,6 +170,20 @@ class DonationPlan:
         if self.is_protected and searches:
             raise RejectedError("AG-RCP-029", "each trial on private data is a run of its own")
         return self
+
+    def _check_delta(self) -> None:
+        if (self.tuned or self.stage != "base") and self.kind != "delta":
+            raise RejectedError("AG-RCP-035", "only a delta is made from snapshots")
+        if self.stage != "base" and not self.tuned:
+            raise RejectedError("AG-RCP-035", "a stage is that of a model from which --tuned came")
+        if self.tuned and self.is_protected:
+            # Nobody here saw that training: there is nothing to bound, and nobody to hold out.
+            raise RejectedError("AG-RCP-035", "a snapshot from elsewhere is for mode open only")
+        if isinstance(self.recipe, DeltaPlan):
+            self.recipe.check()
+            if self.recipe.embeddings and self.mode == Mode.MEASURED:
+                # Which rows changed tells which words people used, and nothing bounds it.
+                raise RejectedError("AG-RCP-035", "mode measured has no embeddings learn")
 
     def loop(self) -> LoopPlan:
         """How to train."""
@@ -204,6 +225,14 @@ class DonationPlan:
 
     def public_json(self) -> dict[str, canonical.Json]:
         """What the signed provenance says about the method; nothing of it names the data."""
+        if self.tuned:
+            return {
+                "method": self.kind,
+                "recipe": self.recipe.to_json(),
+                "source": "snapshots",
+                "stage": self.stage,
+                "mode": self.mode,
+            }
         return {
             "method": self.kind,
             **self.training_json(),

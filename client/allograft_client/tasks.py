@@ -79,6 +79,7 @@ from allograft.recipes.base import (
     load_recipe,
 )
 from allograft.recipes.blocks import describe_model
+from allograft.recipes.delta import extract_difference
 from allograft.recipes.documents import (
     Document,
     drop_near_duplicates,
@@ -86,7 +87,7 @@ from allograft.recipes.documents import (
     read_documents,
     split_documents,
 )
-from allograft.recipes.plan import LoopPlan, Step, read_recipe_plan
+from allograft.recipes.plan import DeltaPlan, LoopPlan, Step, read_recipe_plan
 from allograft.recipes.snapshot import load_model, load_tokenizer
 from allograft.recipes.stack import Stack
 from allograft.recipes.windows import Windows, make_person_windows, make_windows
@@ -152,9 +153,11 @@ def _read_parents(model: Path) -> tuple[Ancestor, ...]:
 
 def _train(task: Task, tell: Tell) -> dict[str, Any]:
     tell({"stage": "loading model"})
-    loaded = _load(task)
     workdir = Path(_text(task, "workdir"))
     plan = _read_plan(canonical.as_mapping(task["plan"]))
+    if "tuned" in task:
+        return _compare(task, workdir, plan)
+    loaded = _load(task)
     if task["people"]:
         windows = _person_windows(task, loaded)
     else:
@@ -172,6 +175,21 @@ def _train(task: Task, tell: Tell) -> dict[str, Any]:
         "report": dict(extract.report),
         "windows": len(windows),
         "device": str(loaded.model.device),
+    }
+
+
+def _compare(task: Task, workdir: Path, plan: Plan) -> dict[str, Any]:
+    """A delta of two snapshots, in the form of a training's result."""
+    assert isinstance(plan.recipe, DeltaPlan)
+    anchor, tuned = Path(_text(task, "model")), Path(_text(task, "tuned"))
+    digest, stage = canonical.as_sha256(task["base_digest"]), _text(task, "stage")
+    extract = extract_difference(anchor, tuned, plan.recipe, workdir, digest, stage)
+    return {
+        "files": [path.name for path in extract.files],
+        "facts": extract.facts.to_json(),
+        "report": dict(extract.report),
+        "windows": 0,
+        "device": "cpu",
     }
 
 
@@ -432,12 +450,12 @@ def _export(task: Task, tell: Tell) -> dict[str, Any]:
     out = Path(_text(task, "out"))
     if _text(task, "format") == "peft":
         paths = [Path(canonical.as_text(path)) for path in canonical.as_list(task["stack"])]
-        adapters = [a for a in map(load_attachment, paths) if a.kind == "lora"]
-        if len(adapters) != 1 or len(paths) != 1:
+        if len(paths) != 1:
             raise RejectedError(
-                "AG-RCP-024", f"{len(paths)} attachments kept; a PEFT directory holds one LoRA"
+                "AG-RCP-024", f"{len(paths)} attachments kept; a PEFT directory holds one"
             )
-        export.export_peft(adapters[0], out, _text(task, "model"))
+        model = _text(task, "model")
+        export.export_peft(load_attachment(paths[0]), out, model, Path(model))
     else:
         tell({"stage": "loading model"})
         loaded = _load(task)

@@ -226,7 +226,7 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
         # --- AG-PKT: packets, their files and their tensors ---
         "AG-PKT-001": ErrorCode(
             "a packet is of a kind that is not allowed",
-            "This version knows the kinds organ and lora; kinds are never loaded by name.",
+            "This version knows the kinds organ, lora and delta; kinds are never loaded by name.",
         ),
         "AG-PKT-002": ErrorCode(
             "a packet directory holds other files than its kind has",
@@ -286,7 +286,7 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
         ),
         "AG-PKT-016": ErrorCode(
             "a tensor's element type is not allowed",
-            "Packets carry F32, BF16 and F16 only.",
+            "Packets carry F32, BF16 and F16 only; those of kind delta I8 and U8 too.",
         ),
         "AG-PKT-017": ErrorCode(
             "a tensor's shape is not allowed",
@@ -327,6 +327,14 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
         "AG-PKT-026": ErrorCode(
             "a tensor file's header is not in canonical form",
             "Write the file again with the safetensors library: other spellings could hide data.",
+        ),
+        "AG-PKT-027": ErrorCode(
+            "a quantised tensor holds a number that its bits do not allow",
+            "Ask the donor for a fresh packet; numbers lie between -127 and 127, or -7 and 7.",
+        ),
+        "AG-PKT-028": ErrorCode(
+            "the directions of a delta are malformed or do not fit its base",
+            "Check that packet and base model belong together; see protos/spec/recipes.md.",
         ),
         # --- AG-PRO: statements, dispatches and lineage ---
         "AG-PRO-001": ErrorCode(
@@ -904,7 +912,8 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
         ),
         "AG-RCP-024": ErrorCode(
             "this attachment cannot be exported in the format asked for",
-            "A PEFT directory holds one LoRA; export the rest as a merged snapshot.",
+            "A PEFT directory holds one LoRA, or one delta that changes matrices of blocks only; "
+            "export the rest as a merged snapshot.",
         ),
         "AG-RCP-026": ErrorCode(
             "the base's blocks cannot be copied and changed one by one",
@@ -946,7 +955,7 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
         ),
         "AG-RCP-035": ErrorCode(
             "a training plan is out of range",
-            "Check steps, batch size, learning rate and window length.",
+            "Check steps, batch size, learning rate, window length and the options of the kind.",
         ),
         # --- AG-EVA: evaluation, trial and gate at the recipient ---
         "AG-EVA-001": ErrorCode(

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The egress guard rebuilds, the gates judge, the allow-list follows from the base."""
 
+import math
 import os
 import stat
 from dataclasses import replace
@@ -10,11 +11,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import safetensors.numpy
+import safetensors.torch
 
 from allograft.crypto import dsse
 from allograft.crypto.keys import SealingKey, SigningKey
 from allograft.errors import RejectedError, UnavailableError
 from allograft.packet import container
+from allograft.packet.delta import Integers
+from allograft.packet.kinds import find_kind
 from allograft.packet.tensors import check_file, read_table, read_tensor
 from allograft.privacy import egress, gates, shapes
 from allograft.privacy.dossier import GateVerdict
@@ -68,6 +72,71 @@ def test_values_already_in_bf16_do_not_change(tmp_path: Path, payload: Path) -> 
     found = rebuilt(tmp_path, payload)
     for name, values in exact.items():
         assert np.array_equal(found[name], values)
+
+
+NUMBERS = {
+    "a.int8": AllowedTensor((2, 5), math.inf, Integers(8, 5)),
+    "a.int4": AllowedTensor((2, 3), math.inf, Integers(4, 5)),
+    "a.scale": AllowedTensor((4,), 1.0),
+}
+
+
+def write_numbers(path: Path) -> dict[str, np.ndarray]:
+    tensors = {
+        "a.int8": np.arange(-5, 5, dtype=np.int8).reshape(2, 5),
+        "a.int4": np.array([[0x21, 0x9F, 0x07], [0, 0x70, 0x09]], dtype=np.uint8),
+        "a.scale": np.float32([0.1, 0.2, 0.3, 0.4]),
+    }
+    safetensors.numpy.save_file(tensors, path)
+    return tensors
+
+
+def test_integers_leave_as_they_are_and_scales_in_the_wires_format(tmp_path: Path) -> None:
+    tensors = write_numbers(tmp_path / "extract")
+    target = tmp_path / "delta.safetensors"
+    egress.rebuild_file(tmp_path / "extract", target, NUMBERS)
+    found = safetensors.torch.load_file(target)
+    assert np.array_equal(found["a.int8"].numpy(), tensors["a.int8"])
+    assert np.array_equal(found["a.int4"].numpy(), tensors["a.int4"])
+    assert str(found["a.scale"].dtype) == "torch.bfloat16"
+    with target.open("rb") as handle:
+        checked = check_file(handle, find_kind("delta").rules)
+    norms = {figure.name: figure.frobenius_norm for figure in checked.figures}
+    for name in ("a.int8", "a.int4"):
+        assert norms[name] == pytest.approx(np.linalg.norm(tensors[name].astype(float)))
+
+
+def test_integers_are_for_kinds_that_have_them(tmp_path: Path) -> None:
+    write_numbers(tmp_path / "extract")
+    egress.rebuild_file(tmp_path / "extract", tmp_path / "delta.safetensors", NUMBERS)
+    for kind in ("organ", "lora"):
+        with (
+            (tmp_path / "delta.safetensors").open("rb") as handle,
+            pytest.raises(RejectedError, match="AG-PKT-016"),
+        ):
+            check_file(handle, find_kind(kind).rules)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "wanted"),
+    [
+        ("a.int8", np.full((2, 5), -128, dtype=np.int8), "AG-PKT-027"),
+        ("a.int4", np.full((2, 3), 0x08, dtype=np.uint8), "AG-PKT-027"),
+        ("a.int4", np.full((2, 3), 0x11, dtype=np.uint8), "AG-PKT-027"),
+        ("a.int8", np.zeros((2, 5), dtype=np.uint8), "AG-PRV-040"),
+        ("a.int8", np.zeros((2, 5), dtype=np.float32), "AG-PRV-040"),
+        ("a.int8", np.zeros((2, 6), dtype=np.int8), "AG-PRV-040"),
+        ("a.scale", np.zeros(4, dtype=np.int8), "AG-PRV-040"),
+    ],
+)
+def test_refuses_integers_out_of_form(
+    tmp_path: Path, name: str, value: np.ndarray, wanted: str
+) -> None:
+    tensors = write_numbers(tmp_path / "extract") | {name: value}
+    safetensors.numpy.save_file(tensors, tmp_path / "extract")
+    with pytest.raises(RejectedError, match=wanted):
+        egress.rebuild_file(tmp_path / "extract", tmp_path / "delta.safetensors", NUMBERS)
+    assert not (tmp_path / "delta.safetensors").exists()
 
 
 def test_rounding_is_unbiased_and_goes_to_neighbours() -> None:
@@ -284,8 +353,10 @@ class TestShapes:
                 shapes.allow_list("organ", facts, base)
             assert code(error) == "AG-PRV-040"
         with pytest.raises(RejectedError) as error:
-            shapes.allow_list("delta", {}, base)
+            shapes.allow_list("painting", {}, base)
         assert code(error) == "AG-PKT-001"
+        with pytest.raises(RejectedError, match="AG-PKT-028"):
+            shapes.allow_list("delta", {}, base)
 
     def test_refuses_a_directory_that_is_no_model(self, tmp_path: Path) -> None:
         with pytest.raises(RejectedError) as error:

@@ -179,7 +179,7 @@ def lint(
 ) -> None:
     """Hold one tensor file against the rules that packets obey."""
     with open_plain(file) as handle:
-        checked = tensors.check_file(handle)
+        checked = tensors.check_file(handle, tensors.QUANTISED_RULES)
     table = checked.table
     dtypes = dict(Counter(entry.dtype for entry in table.entries))
     found = Lint(file, table.file_bytes, len(table.entries), dtypes, checked.frobenius_norm)

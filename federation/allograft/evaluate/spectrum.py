@@ -2,9 +2,10 @@
 """How much and in which shape a packet changes each kind of matrix of its base.
 
 For an adapter the change is scale x B A; its singular values come from the small factors, and the
-product is never formed. For an organ it is each tensor less what training began from: the source
-block, silenced (see recipes.md). Against the unsilenced block the two output projections would
-show the base's own weights, not what was learnt. Seeded; runs on the model's device.
+product is never formed. A delta's directions are unpacked to such factors. For an organ it is each
+tensor less what training began from: the source block, silenced (see recipes.md). Against the
+unsilenced block the two output projections would show the base's own weights, not what was learnt.
+Seeded; runs on the model's device.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from transformers import PreTrainedModel
 
 from allograft.evaluate.screen import ModuleFigures
 from allograft.recipes.base import Attachment
-from allograft.recipes.facts import LoraFacts, OrganFacts
+from allograft.recipes.delta import delta_places, packed_directions
+from allograft.recipes.factors import unpack
+from allograft.recipes.facts import DeltaFacts, LoraFacts, OrganFacts
 from allograft.recipes.stack import starting_point
 
 _LEADING = 16  # singular values that are computed; the rest is known by its sum only
@@ -30,6 +33,7 @@ _ENTRIES = 1 << 16  # entries of B A that its kurtosis is estimated from
 
 _LORA_A = re.compile(r"\.\d+\.(?P<name>.+)\.lora_A\.weight$")
 _ORGAN = re.compile(r"^blocks\.\d+\.(?P<name>.+)$")
+_VECTOR = re.compile(r"^blocks\.\d+\.(?P<name>.+)\.change$")
 
 
 def weigh_attachment(
@@ -43,7 +47,7 @@ def weigh_attachment(
         seed: Of the random projections and the sampled entries.
 
     Returns:
-        Nothing for kinds that are neither an organ nor a LoRA.
+        Nothing for kinds that change no weights of the base.
     """
     found: dict[str, ModuleFigures] = {}
     generator = torch.Generator().manual_seed(seed)
@@ -61,6 +65,15 @@ def _modules(
             if match := _LORA_A.search(name):
                 b = attachment.tensors[name.replace(".lora_A.", ".lora_B.")]
                 yield match["name"], _weigh_factors(a, b, facts.alpha / facts.rank, generator)
+    elif isinstance(facts, DeltaFacts):
+        places = delta_places(model)
+        for target, packed in sorted(packed_directions(attachment).items()):
+            module, name = places[target]
+            left, right = unpack(packed, *module.get_parameter(name).shape)
+            yield _module_name(target), _weigh_factors(right, left.T, 1.0, generator)
+        for name, value in sorted(attachment.tensors.items()):
+            if match := _VECTOR.match(name):
+                yield match["name"], _weigh_matrix(value.float()[:, None], generator)
     elif isinstance(facts, OrganFacts):
         start = starting_point(attachment, model)
         for name, value in sorted(attachment.tensors.items()):
@@ -69,6 +82,11 @@ def _modules(
                 if name in start:  # an organ that replaces blocks is a change already
                     change = change - start[name].to(model.device, torch.float32)
                 yield match["name"], _weigh_matrix(change.reshape(len(change), -1), generator)
+
+
+def _module_name(target: str) -> str:
+    match = _ORGAN.match(target)
+    return match["name"] if match else target
 
 
 def _weigh_factors(

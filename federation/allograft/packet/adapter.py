@@ -88,7 +88,11 @@ def is_transposed(family: str) -> bool:
 
 
 def render_adapter_config(
-    settings: AdapterSettings, base_model: str = "", *, transposed: bool = False
+    settings: AdapterSettings,
+    base_model: str = "",
+    *,
+    transposed: bool = False,
+    ranks: Mapping[str, int] | None = None,
 ) -> bytes:
     """Write the configuration that `PeftModel.from_pretrained` reads.
 
@@ -96,9 +100,11 @@ def render_adapter_config(
         settings: Checked settings.
         base_model: The recipient's own name or path of its base; empty leaves it open.
         transposed: As `is_transposed` says for the base.
+        ranks: Modules, by their full names, whose rank is another; their scale is one.
     """
+    pattern = dict(ranks or {})
     document: dict[str, object] = {
-        "alpha_pattern": {},
+        "alpha_pattern": pattern,
         "auto_mapping": None,
         "base_model_name_or_path": base_model or None,
         "bias": "none",
@@ -110,7 +116,7 @@ def render_adapter_config(
         "modules_to_save": None,
         "peft_type": "LORA",
         "r": settings.rank,
-        "rank_pattern": {},
+        "rank_pattern": pattern,
         "target_modules": sorted(settings.target_modules),
         "task_type": "CAUSAL_LM",
         "use_rslora": False,

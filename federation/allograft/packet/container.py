@@ -304,7 +304,10 @@ def open_payload(
                 context = _part_context(header.packet_id, header.statement_digest, index)
                 source = directory / sealed.name
                 plain = temporary / part.name
-                checked[part.name] = _open_part(source, sealed, plain, part, content_key, context)
+                checker = tensors.TensorChecker(part.size_bytes, find_kind(kind).rules)
+                checked[part.name] = _open_part(
+                    source, sealed, plain, part, content_key, context, checker
+                )
             sync_directory(temporary)
             os.rename(temporary, target)
         except BaseException:
@@ -364,10 +367,15 @@ def _seal_part(
 
 
 def _open_part(
-    source: Path, sealed: SealedPart, target: Path, part: PlainPart, key: bytes, context: bytes
+    source: Path,
+    sealed: SealedPart,
+    target: Path,
+    part: PlainPart,
+    key: bytes,
+    context: bytes,
+    checker: tensors.TensorChecker,
 ) -> tensors.CheckedTensors:
     _check_size(source, sealed.sealed_bytes)
-    checker = tensors.TensorChecker(part.size_bytes)
     descriptor = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o600)
     with os.fdopen(descriptor, "wb") as plain, source.open("rb") as ciphertext:
         result = seal.open_stream(ciphertext, plain, key, context, part.size_bytes, checker.feed)

@@ -11,14 +11,21 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from allograft.errors import RejectedError
+from allograft.packet.tensors import PACKET_RULES, QUANTISED_RULES, Rules
 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A kind of packet and its payload files, in the order in which they are sealed."""
+    """A kind of packet.
+
+    Attributes:
+        parts: Its payload files, in the order in which they are sealed.
+        rules: What its tensor files may carry.
+    """
 
     name: str
     parts: tuple[str, ...]
+    rules: Rules = PACKET_RULES
 
 
 KINDS: MappingProxyType[str, Kind] = MappingProxyType(
@@ -27,6 +34,7 @@ KINDS: MappingProxyType[str, Kind] = MappingProxyType(
         for kind in (
             Kind("lora", ("adapter_model.safetensors",)),
             Kind("organ", ("organ.safetensors",)),
+            Kind("delta", ("delta.safetensors",), QUANTISED_RULES),
         )
     }
 )

@@ -38,6 +38,8 @@ DTYPE_BYTES = {
 
 #: What a packet may carry. Integers could hide text; 8-bit floats are no format we train in.
 PACKET_DTYPES = frozenset({"F32", "BF16", "F16"})
+#: What a packet of a kind with quantised tensors may carry besides; its kind bounds their values.
+INTEGER_DTYPES = frozenset({"I8", "U8"})
 
 _NAME = re.compile(r"[A-Za-z0-9_.\-/]+")
 _LAYOUT = {name: place for place, name in enumerate(DTYPE_BYTES)}
@@ -67,6 +69,8 @@ class Rules:
 
 #: For everything that crosses a site's border.
 PACKET_RULES = Rules(PACKET_DTYPES, only_our_spelling=True)
+#: The same for kinds with quantised tensors.
+QUANTISED_RULES = Rules(PACKET_DTYPES | INTEGER_DTYPES, only_our_spelling=True)
 #: For the site's own base models, as other tools wrote them.
 LOCAL_RULES = Rules(frozenset(DTYPE_BYTES), only_our_spelling=False)
 
@@ -140,13 +144,15 @@ class TensorChecker:
     first that these are not the bytes that were signed.
     """
 
-    def __init__(self, file_bytes: int) -> None:
+    def __init__(self, file_bytes: int, rules: Rules = PACKET_RULES) -> None:
         """Begin a file.
 
         Args:
             file_bytes: Its size, which the header must account for.
+            rules: What its kind may carry.
         """
         self._file_bytes = file_bytes
+        self._rules = rules
         self._head = bytearray()
         self._header_bytes: int | None = None
         self._meter: _Meter | None = None
@@ -184,7 +190,7 @@ class TensorChecker:
             self._header_bytes = _read_header_size(self._head, self._file_bytes)
         if self._header_bytes is not None and len(self._head) == _PREFIX + self._header_bytes:
             header = bytes(self._head[_PREFIX:])
-            self._meter = _Meter(_read_header(header, self._file_bytes, PACKET_RULES))
+            self._meter = _Meter(_read_header(header, self._file_bytes, self._rules))
             self._head.clear()
         return piece[missing:]
 
@@ -205,13 +211,13 @@ def read_table(handle: IO[bytes] | io.BufferedIOBase, rules: Rules = PACKET_RULE
     return _read_header(header, file_bytes, rules)
 
 
-def check_file(handle: io.BufferedIOBase) -> CheckedTensors:
+def check_file(handle: io.BufferedIOBase, rules: Rules = PACKET_RULES) -> CheckedTensors:
     """Check a whole packet file: its header, then every value.
 
     Raises:
         RejectedError: As `TensorChecker.finish`.
     """
-    checker = TensorChecker(handle.seek(0, os.SEEK_END))
+    checker = TensorChecker(handle.seek(0, os.SEEK_END), rules)
     handle.seek(0)
     block = memoryview(bytearray(_BLOCK))
     while not checker.is_refused and (count := handle.readinto(block)):
@@ -286,7 +292,7 @@ def write_tensors(sink: IO[bytes], tensors: Mapping[str, RawTensor]) -> TensorTa
         tensor = tensors[name]
         size = memoryview(tensor.data).nbytes
         _check_name(name)
-        if size != _expected_bytes(name, tensor.dtype, tensor.shape, PACKET_RULES):
+        if size != _expected_bytes(name, tensor.dtype, tensor.shape, QUANTISED_RULES):
             raise RejectedError("AG-PKT-019", f"{name[:80]}: size and shape disagree")
         entries.append(TensorEntry(name, tensor.dtype, tensor.shape, offset, size))
         offset += size
@@ -496,6 +502,12 @@ class _Meter:
             with np.errstate(invalid="ignore"):
                 self._wide[: len(block) // 2] = np.frombuffer(block, dtype="<f2")
             yield self._wide[: len(block) // 2]
+        elif dtype in INTEGER_DTYPES:
+            # As the numbers they are, in two parts because the buffer holds half as many.
+            whole = np.frombuffer(block, dtype=np.int8 if dtype == "I8" else np.uint8)
+            for part in (whole[: len(self._wide)], whole[len(self._wide) :]):
+                self._wide[: len(part)] = part
+                yield self._wide[: len(part)]
         else:
             # Two bf16 values share a 32-bit word: four times faster than widening each.
             words = np.frombuffer(block, dtype="<u4", count=len(block) // 4)

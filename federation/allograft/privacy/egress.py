@@ -5,7 +5,9 @@ Weights are a channel: a file has room for metadata, extra tensors and an order,
 have low bits that nobody would miss. So the guard never forwards a file. It writes a new one from
 an allow-list, in the one canonical form, and rounds every value to bf16 stochastically with the
 operating system's randomness, which replaces the low 16 bits by chance. What remains is what the
-values themselves say; an insider who encodes data in high bits is not stopped here.
+values themselves say; an insider who encodes data in high bits is not stopped here. Integers of a
+quantised kind are copied: of 8 or 4 bits each, all are high ones, and another random rounding would
+only add noise. Their type, size and range are checked.
 
 `seal_release` is the only caller of the sealing step: it asks for a Release and seals the approved
 bytes for the released recipients, and no others.
@@ -31,6 +33,7 @@ from allograft.crypto import canonical, dsse
 from allograft.durable import durable_file, storage_errors
 from allograft.errors import RejectedError
 from allograft.packet.container import SealPlan, seal_packet, split_attestations
+from allograft.packet.delta import Integers
 from allograft.packet.header import Header
 from allograft.packet.tensors import (
     DTYPE_BYTES,
@@ -62,11 +65,14 @@ class AllowedTensor:
 
     Attributes:
         shape: Its only shape.
-        max_rms: Largest root mean square of its values; see `shapes`.
+        max_rms: Largest root mean square of its values; see `shapes`. Integers have bounds of their
+            own.
+        integers: Their form, if it holds whole numbers; the wire's format is for all others.
     """
 
     shape: tuple[int, ...]
     max_rms: float
+    integers: Integers | None = None
 
 
 #: Every tensor that a payload file must hold, by name; nothing else may be in it.
@@ -92,22 +98,29 @@ def rebuild_file(
         random_bytes: Source of randomness for rounding; the default is the only sound choice.
 
     Raises:
-        RejectedError: AG-PKT-* if the source is no tensor file, AG-PRV-040 if it holds anything
-            but the allowed tensors, AG-PRV-041 for values that are not finite.
+        RejectedError: AG-PKT-* if the source is no tensor file or holds integers out of range,
+            AG-PRV-040 if it holds anything but the allowed tensors, AG-PRV-041 for values that are
+            not finite.
         UnavailableError: AG-STO-001 if the disk is full.
     """
     dtype = WIRE_DTYPES[wire_dtype]
     with source.open("rb") as handle, storage_errors(target.name), ExitStack() as stack:
         table = read_table(handle, LOCAL_RULES)
         _check_allowed(table, allowed)
-        sizes = [_elements(entry) * DTYPE_BYTES[dtype] for entry in table.entries]
+        forms = [allowed[entry.name].integers for entry in table.entries]
+        dtypes = [form.dtype if form else dtype for form in forms]
+        sizes = [_elements(e) * DTYPE_BYTES[d] for e, d in zip(table.entries, dtypes, strict=True)]
         scratch = _map_scratch(stack, target.parent, sum(sizes))
         tensors: dict[str, RawTensor] = {}
         start = 0
-        for entry, size in zip(table.entries, sizes, strict=True):
+        for entry, form, size in zip(table.entries, forms, sizes, strict=True):
             view = stack.enter_context(scratch[start : start + size])
-            _convert(handle, entry, view, wire_dtype, random_bytes)
-            tensors[entry.name] = RawTensor(dtype, entry.shape, view)
+            if form:
+                _copy_integers(handle, entry, view, form)
+            else:
+                _convert(handle, entry, view, wire_dtype, random_bytes)
+            to = form.dtype if form else dtype
+            tensors[entry.name] = RawTensor(to, entry.shape, view)
             start += size
         with durable_file(target) as sink:
             written = write_tensors(sink, tensors)
@@ -224,8 +237,10 @@ def _check_allowed(table: TensorTable, allowed: AllowList) -> None:
     for name, entry in found.items():
         if entry.shape != allowed[name].shape:
             raise RejectedError("AG-PRV-040", f"tensor {name} has another shape than its base")
-        if entry.dtype not in _FLOATS:
-            raise RejectedError("AG-PRV-040", f"tensor {name} is not of a floating-point type")
+        form = allowed[name].integers
+        if entry.dtype not in ({form.dtype} if form else _FLOATS):
+            what = form.dtype if form else "a floating-point type"
+            raise RejectedError("AG-PRV-040", f"tensor {name} is not of {what}")
 
 
 def _elements(entry: TensorEntry) -> int:
@@ -259,15 +274,31 @@ def _convert(
         written += len(content)
 
 
+def _copy_integers(
+    handle: IO[bytes], entry: TensorEntry, target: memoryview, form: Integers
+) -> None:
+    written = 0
+    rows = max(1, _BLOCK_ELEMENTS // form.row_bytes)
+    for content in _read_blocks(handle, entry, rows * form.row_bytes):
+        form.check(content)
+        target[written : written + len(content)] = content
+        written += len(content)
+
+
 def _blocks(handle: IO[bytes], entry: TensorEntry) -> Iterator[npt.NDArray[np.float32]]:
+    for content in _read_blocks(handle, entry, _BLOCK_ELEMENTS * DTYPE_BYTES[entry.dtype]):
+        yield as_float32(content, entry.dtype)
+
+
+def _read_blocks(handle: IO[bytes], entry: TensorEntry, size: int) -> Iterator[bytes]:
     handle.seek(entry.offset)
     left = entry.size_bytes
     while left:
-        content = handle.read(min(_BLOCK_ELEMENTS * DTYPE_BYTES[entry.dtype], left))
-        if not content:
+        content = handle.read(min(size, left))
+        if len(content) < min(size, left):
             raise RejectedError("AG-PRV-040", "the extract became shorter while it was read")
         left -= len(content)
-        yield as_float32(content, entry.dtype)
+        yield content
 
 
 def _check_finite(values: npt.NDArray[np.float32]) -> None:

@@ -197,11 +197,20 @@ def _records(path: Path) -> Iterator[canonical.Json]:
 def _judge_structure(submission: Submission, figures: Figures) -> None:
     """G6: allowed names, shapes and dtype; finite values; norms within reach of the base."""
     # Each kind so far has one tensor file, whose tensors the allow-list names.
-    (name,) = find_kind(submission.kind).parts
+    kind = find_kind(submission.kind)
+    (name,) = kind.parts
     dtype = WIRE_DTYPES[submission.wire_dtype]
     with (submission.payload / name).open("rb") as handle:
-        checked = check_file(handle)
-    check_shapes(checked.table, {n: (dtype, a.shape) for n, a in submission.allowed.items()})
+        checked = check_file(handle, kind.rules)
+        expected = {
+            name: (each.integers.dtype if each.integers else dtype, each.shape)
+            for name, each in submission.allowed.items()
+        }
+        check_shapes(checked.table, expected)
+        for entry in checked.table.entries:
+            if integers := submission.allowed[entry.name].integers:
+                handle.seek(entry.offset)
+                integers.check(handle.read(entry.size_bytes))
     parameters = sum(math.prod(entry.shape) for entry in checked.table.entries)
     figures["tensors"] = len(checked.table.entries)
     figures["parameters"] = parameters

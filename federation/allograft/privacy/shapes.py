@@ -12,7 +12,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ import numpy as np
 from allograft.crypto import canonical
 from allograft.errors import RejectedError
 from allograft.packet.adapter import read_adapter_settings
+from allograft.packet.delta import EMBEDDING, HEAD, read_delta_layout
 from allograft.packet.kinds import find_kind
 from allograft.packet.tensors import LOCAL_RULES, TensorEntry, read_table, read_tensor
 from allograft.privacy.egress import AllowedTensor, AllowList
@@ -35,21 +36,27 @@ GAIN_FLOOR = 1.0
 _BLOCK = re.compile(r"(?:.+\.)?(?:layers|h)\.(\d{1,5})\.([A-Za-z0-9_.]{1,128})")
 # GPT-2 files carry the causal mask as a tensor; it is a constant and no part of a block.
 _CONSTANTS = re.compile(r"attn\.(?:masked_)?bias|(?:.+\.)?rotary_emb\.inv_freq")
+_TOKENS = {
+    EMBEDDING: re.compile(r"(?:.+\.)?(?:embed_tokens|wte)\.weight"),
+    HEAD: re.compile(r"lm_head\.weight"),
+}
 _GAIN = re.compile(r"(?:.+\.)?(?:[a-z_]*norm|ln_\d)\.weight")
 _CONFIG_BYTES = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class BaseTensors:
-    """The block tensors of a base model.
+    """The tensors of a base model that packets may change.
 
     Attributes:
         blocks: For each block, its tensors by their name inside the block.
         transposed: Whether matrices are stored input-first (GPT-2's Conv1D).
+        tokens: `embedding`, and `head` where the files hold one.
     """
 
     blocks: tuple[Mapping[str, BaseTensor], ...]
     transposed: bool
+    tokens: Mapping[str, BaseTensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +79,7 @@ class BaseTensor:
 
 
 def read_base(directory: Path) -> BaseTensors:
-    """List the block tensors of a local model directory; only headers are read.
+    """List the tensors of a local model directory that packets may change; only headers are read.
 
     Raises:
         RejectedError: AG-PRV-042 if there is no configuration or no block, AG-PKT-* if a file is
@@ -80,6 +87,7 @@ def read_base(directory: Path) -> BaseTensors:
     """
     family = _family(directory)
     blocks: dict[int, dict[str, BaseTensor]] = {}
+    tokens: dict[str, BaseTensor] = {}
     for path in sorted(directory.glob("*.safetensors")):
         with path.open("rb") as handle:
             table = read_table(handle, LOCAL_RULES)
@@ -87,9 +95,13 @@ def read_base(directory: Path) -> BaseTensors:
             match = _BLOCK.fullmatch(entry.name)
             if match and not _CONSTANTS.fullmatch(match[2]):
                 blocks.setdefault(int(match[1]), {})[match[2]] = BaseTensor(path, entry)
+            for target, pattern in _TOKENS.items():
+                if pattern.fullmatch(entry.name):
+                    tokens[target] = BaseTensor(path, entry)
     if not blocks or sorted(blocks) != list(range(len(blocks))):
         raise RejectedError("AG-PRV-042", "the base's files do not hold a whole stack of blocks")
-    return BaseTensors(tuple(blocks[i] for i in range(len(blocks))), family == "gpt2")
+    ordered = tuple(blocks[i] for i in range(len(blocks)))
+    return BaseTensors(ordered, family == "gpt2", tokens)
 
 
 def _family(directory: Path) -> str:
@@ -107,13 +119,15 @@ def allow_list(kind: str, facts: Mapping[str, canonical.Json], base: BaseTensors
     """The tensors that a packet of a kind may hold, by the typed facts of its statement.
 
     Raises:
-        RejectedError: AG-PKT-001 for an unknown kind, AG-PKT-009 or AG-IN-003 for malformed facts,
-            AG-PRV-040 for facts that do not fit the base.
+        RejectedError: AG-PKT-001 for an unknown kind, AG-PKT-009, AG-PKT-028 or AG-IN-003 for
+            malformed facts, AG-PRV-040 or AG-PKT-028 for facts that do not fit the base.
     """
     name = find_kind(kind).name
     if name == "lora":
         settings = read_adapter_settings(facts)
         return lora_tensors(base, settings.target_modules, settings.rank)
+    if name == "delta":
+        return delta_tensors(base, facts)
     source, count = canonical.as_int(facts.get("source")), canonical.as_int(facts.get("blocks"))
     return organ_tensors(base, source, count)
 
@@ -162,6 +176,30 @@ def lora_tensors(base: BaseTensors, modules: Sequence[str], rank: int) -> AllowL
     if not allowed:
         raise RejectedError("AG-PRV-040", "the adapter names no module")
     return allowed
+
+
+def delta_tensors(base: BaseTensors, facts: Mapping[str, canonical.Json]) -> AllowList:
+    """The tensors of a delta.
+
+    A scale is the largest entry that its direction can have, and is bounded as the base's own
+    entries are; the numbers beside it are bounded by their form.
+
+    Raises:
+        RejectedError: AG-PKT-028 for ranks that are malformed or do not fit the base.
+    """
+    targets = dict(base.tokens)
+    for number, block in enumerate(base.blocks):
+        targets |= {f"blocks.{number}.{name}": tensor for name, tensor in block.items()}
+    tensors = read_delta_layout(facts).tensors({n: t.shape for n, t in targets.items()})
+    ceilings = {t: _ceiling(t, targets[t]) for t in {tensor.target for tensor in tensors.values()}}
+    return {
+        name: AllowedTensor(
+            tensor.shape,
+            math.inf if tensor.integers else ceilings[tensor.target],
+            tensor.integers,
+        )
+        for name, tensor in tensors.items()
+    }
 
 
 def _matrices(base: BaseTensors, module: str) -> Iterator[tuple[int, str, tuple[int, ...]]]:

@@ -3,8 +3,9 @@
 
 - `base`: the Recipe protocol, the values between its verbs, the registry of kinds. No tensors.
 - `facts`: what a statement says about the weights of each kind. No tensors either.
-- `organ`, `lora`: the two kinds that ship.
-- `blocks`, `patch`: the two ways to change a model: inserted blocks, low-rank changes of weights.
+- `organ`, `lora`, `delta`: the kinds that ship.
+- `blocks`, `patch`: the two ways to change a model: inserted blocks, changes of weights.
+- `factors`: a change of a matrix as quantised directions.
 - `attachment`, `stack`, `export`: fitted packets on disk, on a model, and as ordinary snapshots.
 - `documents`, `windows`: text files to documents, without tensors; documents to token windows.
 - `snapshot`: model directories to models, and their digest.

@@ -31,9 +31,18 @@ DTYPES: Mapping[str, torch.dtype] = {
 
 
 def read_tensors(
-    path: Path, expected: Mapping[str, tuple[int, ...]], dtype: torch.dtype
+    path: Path,
+    expected: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    others: Mapping[str, torch.dtype] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Read a safetensors file that must hold exactly the expected tensors.
+
+    Args:
+        path: The file.
+        expected: Shapes by name.
+        dtype: Their element type.
+        others: Tensors that have another one.
 
     Raises:
         RejectedError: AG-RCP-003.
@@ -52,7 +61,7 @@ def read_tensors(
     except (SafetensorError, OSError) as error:
         raise RejectedError("AG-RCP-003", f"cannot read it: {type(error).__name__}") from error
     for name, value in tensors.items():
-        if value.dtype != dtype:
+        if value.dtype != (others or {}).get(name, dtype):
             raise RejectedError("AG-RCP-003", f"tensor {name} has another type")
         if not bool(torch.isfinite(value).all()):
             raise RejectedError("AG-RCP-003", f"tensor {name} holds values that are not finite")

@@ -2,7 +2,8 @@
 """Kept attachments as ordinary files that other tools load.
 
 A merged snapshot is exact: inserted blocks are stock blocks and low-rank changes are already in
-the weights. A PEFT directory holds one LoRA with the dose folded into its scale. Invariant: a
+the weights. A PEFT directory holds one LoRA, or one delta of matrices in the same form, with the
+dose folded into its scale. Invariant: a
 directory appears whole or not at all, and never replaces an existing one.
 """
 
@@ -16,17 +17,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save
 from transformers import PreTrainedModel
 
 from allograft.durable import durable_write, storage_errors, sync_directory
 from allograft.errors import RejectedError
-from allograft.packet.adapter import CONFIG_NAME, render_adapter_config
+from allograft.packet.adapter import CONFIG_NAME, AdapterSettings, render_adapter_config
+from allograft.packet.delta import EMBEDDING, HEAD
+from allograft.privacy.shapes import BaseTensors, read_base
 from allograft.provenance.ancestry import FILE_NAME, Ancestry
 from allograft.recipes.base import Attachment
 from allograft.recipes.blocks import FAMILIES, model_blocks, sides_of
-from allograft.recipes.facts import LoraFacts
-from allograft.recipes.lora import PAYLOAD
+from allograft.recipes.delta import packed_directions
+from allograft.recipes.factors import unpack
+from allograft.recipes.facts import DeltaFacts, LoraFacts
+from allograft.recipes.lora import PAYLOAD, PREFIX
 
 
 def export_merged(
@@ -54,26 +60,59 @@ def export_merged(
             durable_write(temporary / FILE_NAME, ancestry.to_bytes())
 
 
-def export_peft(attachment: Attachment, directory: Path, base_model: str = "") -> None:
-    """Write a LoRA attachment as a directory for `PeftModel.from_pretrained`.
+def export_peft(
+    attachment: Attachment, directory: Path, base_model: str = "", base: Path | None = None
+) -> None:
+    """Write a LoRA, or a delta of blocks' matrices, as a directory for `PeftModel.from_pretrained`.
 
     Args:
-        attachment: A LoRA; its dose becomes part of `lora_alpha`.
+        attachment: Its dose becomes part of the scale.
         directory: Must not exist yet.
         base_model: What the configuration should name as its base; empty leaves it open.
+        base: The directory of the base, whose headers give the shapes that a delta needs.
 
     Raises:
-        RejectedError: AG-RCP-024 for other kinds, for dose 0, or if the directory exists.
+        RejectedError: AG-RCP-024 for other kinds and for deltas that change more than matrices of
+            blocks, for dose 0, or if the directory exists.
     """
+    if attachment.dose == 0.0:
+        raise RejectedError("AG-RCP-024", "an attachment at dose 0 is no PEFT adapter")
     facts = attachment.facts
-    if not isinstance(facts, LoraFacts) or attachment.dose == 0.0:
-        raise RejectedError("AG-RCP-024", f"a {attachment.kind} at this dose is no PEFT adapter")
-    settings = replace(facts.settings, alpha=facts.alpha * attachment.dose)
+    ranks: dict[str, int] = {}
+    tensors = dict(attachment.tensors)
+    if isinstance(facts, LoraFacts):
+        settings = replace(facts.settings, alpha=facts.alpha * attachment.dose)
+    elif isinstance(facts, DeltaFacts) and base is not None:
+        ranks, tensors = _as_adapter(attachment, facts, read_base(base))
+        # One rank and alpha for PEFT to fall back on; each module has its own, at scale 1.
+        settings = AdapterSettings(1, 1.0, tuple(ranks))
+    else:
+        raise RejectedError("AG-RCP-024", f"a {attachment.kind} is no PEFT adapter")
     transposed = FAMILIES[facts.shape.family].transposed
-    config = render_adapter_config(settings, base_model, transposed=transposed)
+    config = render_adapter_config(settings, base_model, transposed=transposed, ranks=ranks)
     with _new_directory(directory) as temporary:
-        durable_write(temporary / PAYLOAD, save(dict(attachment.tensors), {"format": "pt"}))
+        durable_write(temporary / PAYLOAD, save(tensors, {"format": "pt"}))
         durable_write(temporary / CONFIG_NAME, config)
+
+
+def _as_adapter(
+    attachment: Attachment, facts: DeltaFacts, base: BaseTensors
+) -> tuple[dict[str, int], dict[str, torch.Tensor]]:
+    """A delta in PEFT's names: rank by module, and its factors at the attachment's dose."""
+    if facts.layout.vectors or not {EMBEDDING, HEAD}.isdisjoint(facts.layout.ranks):
+        raise RejectedError("AG-RCP-024", "a delta of vectors or embeddings is no PEFT adapter")
+    family = FAMILIES[facts.shape.family]
+    ranks: dict[str, int] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    for target, packed in packed_directions(attachment).items():
+        _, number, name = target.split(".", 2)
+        module = f"{family.trunk}.{family.blocks}.{number}.{name.removesuffix('.weight')}"
+        left, right = unpack(packed, *base.blocks[int(number)][name].shape)
+        a, b = (left, right.T) if family.transposed else (right, left.T)
+        ranks[module] = len(a)
+        tensors[f"{PREFIX}{module}.lora_A.weight"] = a.contiguous()
+        tensors[f"{PREFIX}{module}.lora_B.weight"] = (b * attachment.dose).contiguous()
+    return ranks, tensors
 
 
 @contextlib.contextmanager

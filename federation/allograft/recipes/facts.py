@@ -8,18 +8,20 @@ read statements. See protos/spec/recipes.md.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from allograft.crypto import canonical
 from allograft.errors import RejectedError
 from allograft.packet.adapter import AdapterSettings, check_adapter_settings, read_adapter_settings
+from allograft.packet.delta import EMBEDDING, HEAD, DeltaLayout, read_delta_layout
 from allograft.recipes.base import Facts, ModelShape
 
 #: How a dose acts on an organ, by its mode; stated in the facts so that no reader has to guess.
 DOSE_RULES: Mapping[str, str] = {"insert": "residual-branches", "replace": "change"}
 
-#: Element types that payloads may have; the same as in packet/tensors.
+#: Floating-point element types that payloads may have; the same as in packet/tensors.
 DTYPES = frozenset({"float32", "bfloat16", "float16"})
 
 
@@ -188,10 +190,72 @@ class LoraFacts:
         )
 
 
+#: Stage of an anchor that is a base as published.
+BASE_STAGE = "base"
+
+_STAGE = re.compile(r"[a-z0-9][a-z0-9-]{0,31}")
+
+
+@dataclass(frozen=True, slots=True)
+class DeltaFacts:
+    """What a recipient must know before it opens a delta.
+
+    Ranks and the base's shapes say every name and shape of the payload. The change starts from an
+    *anchor*: the base itself, or, for a skill, a snapshot at a later stage of its training, which
+    is then the statement's base. `anchor` is its weights digest, or empty where the statement alone
+    says it.
+    """
+
+    shape: ModelShape
+    layout: DeltaLayout
+    dtype: str
+    anchor: str = ""
+    stage: str = BASE_STAGE
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES or not _STAGE.fullmatch(self.stage):
+            raise RejectedError("AG-RCP-002", "the delta's dtype or stage is unknown")
+        if self.stage != BASE_STAGE and not self.anchor:
+            raise RejectedError("AG-RCP-002", "a skill does not name its anchor")
+        for name, ranks in self.layout.ranks.items():
+            if len(ranks) != (1 if name in {EMBEDDING, HEAD} else self.shape.layers):
+                raise RejectedError("AG-RCP-002", "a delta does not cover the blocks of its base")
+
+    def to_json(self) -> dict[str, canonical.Json]:
+        """The facts as a JSON object."""
+        return {
+            "shape": self.shape.to_json(),
+            **self.layout.to_json(),
+            "dtype": self.dtype,
+            "anchor": self.anchor,
+            "stage": self.stage,
+        }
+
+    @classmethod
+    def from_json(cls, value: canonical.Json) -> DeltaFacts:
+        """Read and check the facts.
+
+        Raises:
+            RejectedError: AG-IN-003 or AG-PKT-028 if malformed, AG-RCP-002 if they contradict each
+                other.
+        """
+        names = {"shape", "ranks", "vectors", "dtype", "anchor", "stage"}
+        fields = canonical.as_object(value, names)
+        anchor = canonical.as_text(fields["anchor"])
+        return cls(
+            shape=ModelShape.from_json(fields["shape"]),
+            layout=read_delta_layout(fields),
+            dtype=canonical.as_text(fields["dtype"]),
+            anchor=canonical.as_sha256(anchor) if anchor else "",
+            stage=canonical.as_text(fields["stage"]),
+        )
+
+
 #: How the facts of each kind are read.
 _READERS: Mapping[str, Callable[[canonical.Json], Facts]] = {
     "organ": OrganFacts.from_json,
     "lora": LoraFacts.from_json,
+    "delta": DeltaFacts.from_json,
 }
 
 

@@ -52,7 +52,8 @@ from allograft.recipes.plan import LoopPlan, LoraPlan
 
 PAYLOAD = "adapter_model.safetensors"
 
-_PEFT_PREFIX = "base_model.model."
+#: How PEFT begins the name of every tensor.
+PREFIX = "base_model.model."
 
 
 class LoraHandle:
@@ -184,7 +185,7 @@ def _facts_of(attachment: Attachment) -> LoraFacts:
 def _targets(model: PreTrainedModel, facts: LoraFacts) -> dict[str, nn.Module]:
     """Target modules of the base's own blocks, by the names PEFT gives them in the plain base."""
     family = surgery.find_family(model.config)
-    prefix = f"{_PEFT_PREFIX}{family.trunk}.{family.blocks}"
+    prefix = f"{PREFIX}{family.trunk}.{family.blocks}"
     return {
         f"{prefix}.{number}.{linear}": block.get_submodule(linear)
         for number, block in enumerate(surgery.base_blocks(model))
@@ -246,7 +247,7 @@ def _adapted(
             # Master weights in full precision: bfloat16 would round most updates away, and takes no
             # float32 gradient of a private step. The base's own are frozen and stay as they are.
             value.data = value.data.float()
-        names = {n: _PEFT_PREFIX + n.replace(".default.", ".") for n in parameters}
+        names = {n: PREFIX + n.replace(".default.", ".") for n in parameters}
         with surgery.checkpointed(model, plan.checkpointing):
             yield parameters, names
     finally:

@@ -19,7 +19,8 @@ from allograft.errors import RejectedError
 from allograft.recipes import blocks as surgery
 from allograft.recipes.attachment import attachment_digest
 from allograft.recipes.base import BUILT_IN_KINDS, Attachment, Handle, load_recipe
-from allograft.recipes.facts import OrganFacts
+from allograft.recipes.delta import draw_noise
+from allograft.recipes.facts import DeltaFacts, OrganFacts
 
 
 class Stack:
@@ -106,7 +107,12 @@ def null_packet(attachment: Attachment, model: PreTrainedModel, seed: int) -> At
     generator = torch.Generator().manual_seed(seed)
     start = starting_point(attachment, model)
     tensors = {}
+    if isinstance(attachment.facts, DeltaFacts):
+        # Noise in packed numbers would be of another norm: what counts is what they stand for.
+        tensors = draw_noise(attachment, model, generator)
     for name, value in sorted(attachment.tensors.items()):
+        if name in tensors:
+            continue
         origin = start.get(name, torch.zeros_like(value)).to(torch.float32)
         size = float((value.to(torch.float32) - origin).norm())
         noise = torch.randn(value.shape, generator=generator)
