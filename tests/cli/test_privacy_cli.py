@@ -172,7 +172,8 @@ def test_the_plan_fixes_who_is_a_person_and_donate_cannot(state, capsys) -> None
      (("--set", "target_modules=lm_head"), (1, "AG-PKT-009")),
      (("--set", "frozen_a=Mrs Smith"), (1, "AG-PRV-052")),
      (("--set", "rank=many"), (1, "AG-IN-003")), (("--set", "size=3"), (1, "AG-IN-003")),
-     (("--set", "rank=4", "--set", "rank=8"), (1, "AG-IN-003")), (("--set", "rank=600"), (1, "AG-PKT-009")),
+     (("--set", "rank=4", "--set", "rank=8"), (1, "AG-IN-003")),
+     (("--set", "rank=600"), (1, "AG-PKT-009")),
      (("--people-at-least", str(10**18), "--delta", "1e-20"), (1, "AG-PRV-050"))],
 )  # fmt: skip
 def test_refuses_a_plan_that_promises_nothing(state, capsys, more, refused) -> None:

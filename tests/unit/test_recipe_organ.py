@@ -462,6 +462,11 @@ def test_refuses_a_search_on_private_data(tmp_path: Path) -> None:
         RECIPE.extract(Donor(tiny_model("llama"), tiny_windows(), tmp_path), plan)
 
 
+def test_refuses_a_search_beside_a_fixed_position(tmp_path: Path) -> None:
+    with pytest.raises(RejectedError, match="AG-RCP-035"):
+        extract(tiny_model("llama"), tmp_path, OrganPlan(1, position=2, search_steps=2))
+
+
 def test_refuses_a_search_without_a_document_to_hold_out(tmp_path: Path) -> None:
     one = replace(tiny_windows(), documents=torch.zeros(24, dtype=torch.long))
     donor = Donor(tiny_model("llama"), one, tmp_path)

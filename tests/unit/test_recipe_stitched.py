@@ -116,42 +116,32 @@ def test_sides_insertions_and_adapters_come_and_go_in_any_order(
     assert len(digests) == 1
 
 
+@torch.no_grad()
+def output_of(model, block: torch.nn.Module) -> torch.Tensor:
+    """What a block of a model puts out, with everything that is attached."""
+    seen: list[torch.Tensor] = []
+    hook = block.register_forward_hook(lambda _m, _i, output: seen.append(output))
+    model.model(input_ids=tiny_tokens(), use_cache=False)
+    hook.remove()
+    return seen[0]
+
+
 def test_worn_by_its_own_base_it_is_the_gate_around_the_organ(tmp_path: Path) -> None:
-    """The maps are then the identity: h + dose (O(h) - h), block by block the donor's own."""
+    """The maps are then the identity: h + dose (O(h) - h)."""
     model = tiny_model("llama")
     attachment = make("llama", tmp_path, recipient=model)
-    torch.testing.assert_close(
-        attachment.tensors["stitch.into"], torch.eye(32), rtol=1e-3, atol=1e-3
-    )
+    into = attachment.tensors["stitch.into"]
+    torch.testing.assert_close(into, torch.eye(32), rtol=1e-3, atol=1e-3)
     assert attachment.report["alignment"] == pytest.approx(1.0, abs=1e-5)
-    tokens = tiny_tokens()
-    with torch.no_grad():
-        plain = model.model(input_ids=tokens, use_cache=False)
-        inner: list[torch.Tensor] = []
-        hook = blocks.model_blocks(model)[-1].register_forward_hook(
-            lambda _m, _i, output: inner.append(output)
-        )
-        model.model(input_ids=tokens, use_cache=False)
-        hook.remove()
-        handle = RECIPE.attach(attachment, model)
-        hook = blocks.model_blocks(model)[-1].register_forward_hook(
-            lambda _m, _i, output: inner.append(output)
-        )
-        model.model(input_ids=tokens, use_cache=False)
-        hook.remove()
-        RECIPE.detach(handle)
-        organ = OrganRecipe()
-        facts = attachment.facts.organ
-        kept = {n: v for n, v in attachment.tensors.items() if n.startswith("blocks.")}
-        inserted = organ.attach(Attachment("organ", "f" * 64, facts, kept), model)
-        full: list[torch.Tensor] = []
-        hook = inserted.blocks[-1].register_forward_hook(lambda _m, _i, output: full.append(output))
-        model.model(input_ids=tokens, use_cache=False)
-        hook.remove()
-        organ.detach(inserted)
-    assert plain is not None
-    expected = inner[0] + 0.5 * (full[0] - inner[0])
-    torch.testing.assert_close(inner[1], expected, rtol=1e-3, atol=1e-3)
+    last = blocks.model_blocks(model)[-1]
+    plain = output_of(model, last)
+    handle = RECIPE.attach(attachment, model)
+    worn = output_of(model, last)
+    RECIPE.detach(handle)
+    kept = {n: v for n, v in attachment.tensors.items() if n.startswith("blocks.")}
+    organ = Attachment("organ", "f" * 64, attachment.facts.organ, kept)
+    whole = output_of(model, OrganRecipe().attach(organ, model).blocks[-1])
+    torch.testing.assert_close(worn, plain + 0.5 * (whole - plain), rtol=1e-3, atol=1e-3)
 
 
 def test_maps_recover_a_known_rotation_scale_and_shift() -> None:

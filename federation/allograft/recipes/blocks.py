@@ -258,8 +258,7 @@ def check_weights(model: PreTrainedModel) -> None:
     if len(types) != 1 or not all(dtype.is_floating_point for dtype in types):
         names = ", ".join(sorted(str(dtype) for dtype in types))
         raise RejectedError("AG-RCP-026", f"the blocks' weights are of type {names}")
-    # Parameters that are one object are listed once for each block that holds them.
-    if len({id(value) for value in weights}) != len(weights):
+    if len({value.data_ptr() for value in weights}) != len(weights):
         raise RejectedError("AG-RCP-026", "two blocks of the base share a weight")
 
 

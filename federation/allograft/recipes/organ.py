@@ -208,6 +208,8 @@ def _choose_facts(donor: Donor, plan: Plan) -> tuple[OrganFacts, dict[str, canon
     assert isinstance(plan.recipe, OrganPlan)
     if not plan.recipe.search_steps:
         return facts, {}
+    if plan.recipe.position is not None:
+        raise RejectedError("AG-RCP-035", "a plan fixes a position or lets it be searched for")
     if plan.private is not None:
         raise RejectedError("AG-RCP-029", "each trial on private data is a run of its own")
     kept = donor.workdir / _SEARCH
