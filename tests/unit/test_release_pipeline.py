@@ -30,7 +30,6 @@ def test_an_extract_survives_the_way_out(tmp_path: Path, made: str, family: str,
     model = load_model(tmp_path / "base")
     (tmp_path / "work").mkdir()
     (tmp_path / "payload").mkdir()
-    kind = choice.split()[0]
     recipe = load_recipe(kind)
     plan = Plan(choice, LoopPlan(steps=2, batch_windows=2))
     extract = recipe.extract(Donor(model, tiny_windows(), tmp_path / "work"), plan)
