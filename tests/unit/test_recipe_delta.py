@@ -43,7 +43,7 @@ from allograft.recipes.loop import token_losses
 from allograft.recipes.lora import LoraRecipe
 from allograft.recipes.organ import OrganRecipe
 from allograft.recipes.patch import has_attachments
-from allograft.recipes.plan import DeltaPlan, LoopPlan, LoraPlan, OrganPlan
+from allograft.recipes.plan import DeltaPlan, LoopPlan, LoraPlan, OrganPlan, Step
 from allograft.recipes.snapshot import state_digest
 from allograft.recipes.stack import null_packet
 from kit.tiny import FAMILIES, LAYERS, generate, logits_of, tiny_model, tiny_windows, write_model
@@ -464,6 +464,28 @@ def test_a_private_delta_trains_and_puts_the_base_back(tmp_path: Path) -> None:
         RECIPE.detach(handle)
 
 
+def test_an_interrupted_run_leaves_the_base_and_ends_as_if_it_had_not_been(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    digest = state_digest(model)
+    loop = replace(LOOP, snapshot_s=0.0)
+    whole = load_file(extract(model, tmp_path / "whole", loop=loop).files[0])
+
+    def stop(step: Step) -> None:
+        if step.number == 3:
+            raise KeyboardInterrupt
+
+    (tmp_path / "work").mkdir()
+    donor = Donor(model, tiny_windows(), tmp_path / "work", stop)
+    with pytest.raises(KeyboardInterrupt):
+        RECIPE.extract(donor, Plan(DeltaPlan(), loop))
+    assert state_digest(model) == digest
+    made = extract(model, tmp_path / "work", loop=loop)
+    assert made.report["resumed_at"] == 3
+    again = load_file(made.files[0])
+    assert all(torch.equal(value, again[name]) for name, value in whole.items())
+    assert sorted(path.name for path in (tmp_path / "work").iterdir()) == [PAYLOAD]
+
+
 def test_the_null_has_the_norm_of_the_change_in_every_matrix(tmp_path: Path) -> None:
     model = tiny_model("gpt2")
     digest = state_digest(model)
@@ -488,11 +510,11 @@ def test_the_screens_see_what_the_change_is(tmp_path: Path) -> None:
     model = tiny_model("gpt2")
     attachment = fit(model, tmp_path, extract(model, tmp_path, WHOLE))
     figures = weigh_attachment(attachment, model)
-    before = {t: m.get_parameter(n).clone() for t, (m, n) in delta_places(model).items()}
+    before = {t: m.get_parameter(n).detach().clone() for t, (m, n) in delta_places(model).items()}
     RECIPE.attach(attachment, model)
     for name, found in figures.items():
         changes = [
-            module.get_parameter(parameter) - before[target]
+            module.get_parameter(parameter).detach() - before[target]
             for target, (module, parameter) in delta_places(model).items()
             if target == name or (target.startswith("blocks.") and target.split(".", 2)[2] == name)
         ]
