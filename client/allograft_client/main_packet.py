@@ -466,6 +466,8 @@ def _render_packet(value: dict[str, Any]) -> str:
             f"{trial_figures['null_gain']:+.3f}, loss on general text "
             f"{trial_figures['retention_change']:+.3f}, dose {trial_figures['dose']:g}"
         )
+    if cost := value["facts"].get("fit", {}).get("cost_ratio"):
+        lines.append(f"cost   {cost:.2f} times the model's own time per generated token")
     for proposal in value["facts"].get("proposals", []):
         lines.append(f"route  {proposal['site']}: {proposal['verdict']} — {proposal['reason']}")
     for receipt in value["receipts"]:

@@ -582,9 +582,10 @@ def _fit(task: Task, loaded: _Loaded) -> tuple[Any, Attachment]:
         directory=Path(_text(task, "payload")),
         facts=canonical.as_mapping(task["facts"]),
         packet_id=_text(task, "packet_id"),
-        base_digest=_text(task, "base_digest"),
+        base_digest=canonical.as_text(task.get("base_digest", "")),
     )
-    bases = canonical.as_mapping(task["bases"])
+    # Only a packet that names one of the site's other models asks for them.
+    bases = canonical.as_mapping(task.get("bases", {}))
     paths = {digest: Path(canonical.as_text(path)) for digest, path in bases.items()}
     return recipe, recipe.fit(payload, Recipient(loaded.model, bases=paths))
 

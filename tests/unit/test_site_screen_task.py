@@ -69,7 +69,7 @@ def task_of(work, name, **more):
     return {
         "task": name, "model": str(root / "model"), "device": "cpu", "stack": [], "kind": "lora",
         "payload": str(root / "payload"), "facts": facts, "packet_id": PACKET,
-        "base_digest": "0" * 64, "bases": {}, "apply": False,
+        "base_digest": "0" * 64, "apply": False,
         "data": str(root / "data.txt"), "retention": str(root / "retention.txt"),
         "max_documents": 240, "min_gain": 0.0, "max_retention_loss": 0.1,
         "attachment": str(root / "attachment"), "despite_alarm": False, "bank": [],
