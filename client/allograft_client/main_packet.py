@@ -70,6 +70,7 @@ def donate(
     search_steps: Annotated[
         int, typer.Option(min=0, help="Organ: steps of each trial of a position; 0 tries none.")
     ] = 0,
+    organ_bits: Annotated[int, typer.Option(help="Organ: 16, or 8 for half the bytes.")] = 16,
     rank: Annotated[int, typer.Option(min=1, help="LoRA: rank.")] = 8,
     alpha: Annotated[float, typer.Option(help="LoRA: scale.")] = 16.0,
     bits: Annotated[int, typer.Option(help="Delta: 8, or 4 with 8 where it pays.")] = 4,
@@ -133,6 +134,7 @@ def donate(
             blocks=blocks,
             position=position,
             mode=organ_mode,
+            wire_bits=organ_bits,
             search_steps=search_steps,
             rank=rank,
             alpha=alpha,

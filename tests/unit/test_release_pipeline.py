@@ -16,6 +16,8 @@ from kit.tiny import tiny_model, tiny_windows
 CHOICES = {
     "organ": OrganPlan(),
     "organ that replaces": OrganPlan(1, mode="replace"),
+    "organ in 8 bits": OrganPlan(wire_bits=8),
+    "organ that replaces in 8 bits": OrganPlan(1, mode="replace", wire_bits=8),
     "lora": LoraPlan(rank=2),
     "delta": DeltaPlan(vectors=True, embeddings=True),
 }

@@ -146,6 +146,12 @@ def matrix_shape(module: nn.Module, transposed: bool) -> tuple[int, int]:
     return (second, first) if transposed else (first, second)
 
 
+def original_value(module: nn.Module, name: str) -> torch.Tensor:
+    """A parameter of a module as it is without any change on it."""
+    patches = _find(module).get(name)
+    return _parameter(module, name).detach() if patches is None else patches.original
+
+
 def has_attachments(model: PreTrainedModel) -> bool:
     """Whether a model carries anything that an attachment put there."""
     return has_insertions(model) or any(is_patched(module) for module in model.modules())
