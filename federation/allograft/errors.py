@@ -286,7 +286,7 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
         ),
         "AG-PKT-016": ErrorCode(
             "a tensor's element type is not allowed",
-            "Packets carry F32, BF16 and F16 only; those of kind delta I8 and U8 too.",
+            "Packets carry F32, BF16 and F16 only; those of kinds delta and organ I8 and U8 too.",
         ),
         "AG-PKT-017": ErrorCode(
             "a tensor's shape is not allowed",

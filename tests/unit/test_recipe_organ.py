@@ -280,6 +280,8 @@ def test_refuses_a_plan_of_another_kind(tmp_path: Path) -> None:
         RECIPE.extract(donor, Plan(LoraPlan(), LOOP))
     with pytest.raises(RejectedError, match="AG-RCP-035"):
         RECIPE.extract(donor, Plan(OrganPlan(mode="swap"), LOOP))
+    with pytest.raises(RejectedError, match="AG-RCP-035"):
+        RECIPE.extract(donor, Plan(OrganPlan(wire_bits=4), LOOP))
 
 
 def test_attaching_and_detaching_twice_is_refused(tmp_path: Path) -> None:
@@ -345,6 +347,7 @@ def test_check_refuses_other_shapes_and_tokenizers() -> None:
         {"dose_rule": "wrapper"},
         {"dose_rule": "change"},
         {"mode": "swap"},
+        {"bits": 4},
         {"mode": "replace", "dose_rule": "change"},
         {"dtype": "int8"},
     ],
@@ -423,6 +426,66 @@ def test_payload_of_a_replacement_is_the_change_alone(tmp_path: Path) -> None:
     RECIPE.attach(fit(relative, tmp_path, made), relative)
     moved = blocks.base_blocks(relative)[made.facts.source].mlp.up_proj.weight
     torch.testing.assert_close(moved, own + 0.01 + change)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma2"])
+@pytest.mark.parametrize("mode", ["insert", "replace"])
+def test_eight_bits_halve_the_payload_and_keep_what_was_learnt(
+    mode: str, family: str, tmp_path: Path
+) -> None:
+    model, text = tiny_model(family), tiny_windows()
+    loop = replace(LOOP, steps=12, batch_windows=24)
+    losses, sizes, attached = {}, {}, {}
+    for bits in (16, 8):
+        folder = tmp_path / str(bits)
+        folder.mkdir()
+        made = extract(model, folder, OrganPlan(2, mode=mode, wire_bits=bits), loop)
+        sizes[bits] = made.files[0].stat().st_size
+        attached[bits] = fit(model, folder, made)
+        handle = RECIPE.attach(attached[bits], model)
+        each = token_losses(logits_of(model, text.tokens), text.tokens, text.lengths)
+        losses[bits] = float(each.sum())
+        RECIPE.detach(handle)
+    plain = token_losses(logits_of(model, text.tokens), text.tokens, text.lengths).sum()
+    assert losses[8] < float(plain) - 0.97 * (float(plain) - losses[16])
+    assert sizes[8] < 0.5 * sizes[16]  # against float32, with headers; against bf16 it is half
+    whole, coarse = attached[16].tensors, attached[8].tensors
+    assert whole.keys() == coarse.keys()
+    for name, value in whole.items():
+        if value.ndim == 2:
+            step = float((value - coarse[name]).abs().max())
+            assert step <= 1.01 * float(value.abs().max()) / 254
+
+
+def test_eight_bits_are_read_against_the_base_whatever_is_attached(tmp_path: Path) -> None:
+    """What an entry began as is the base's, not what another packet has made of it."""
+    model = tiny_model("llama")
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+    made = extract(model, tmp_path / "first", OrganPlan(1, 2, 3, wire_bits=8))
+    other = extract(model, tmp_path / "second", OrganPlan(1, 2, 2, "replace"))
+    plain = fit(model, tmp_path / "first", made)
+    RECIPE.attach(fit(model, tmp_path / "second", other, "cd" * 16), model)
+    again = fit(model, tmp_path / "first", made)
+    assert all(torch.equal(value, again.tensors[name]) for name, value in plain.tensors.items())
+
+
+@pytest.mark.parametrize("how", ["range", "type", "scale"])
+def test_refuses_eight_bits_that_do_not_fit(how: str, tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    made = extract(model, tmp_path, OrganPlan(1, wire_bits=8))
+    path = tmp_path / "organ.safetensors"
+    tensors = load_file(path)
+    name = "blocks.0.mlp.up_proj.weight"
+    if how == "range":
+        tensors[f"{name}.int8"][0, 0] = -128
+    elif how == "type":
+        tensors[f"{name}.int8"] = tensors[f"{name}.int8"].to(torch.float32)
+    else:
+        tensors[f"{name}.scale"] = tensors[f"{name}.scale"][1:].contiguous()
+    save_file(tensors, path)
+    with pytest.raises(RejectedError, match="AG-PKT-027" if how == "range" else "AG-RCP-003"):
+        fit(model, tmp_path, made)
 
 
 @pytest.mark.parametrize("mode", ["insert", "replace"])

@@ -16,6 +16,8 @@ from kit.tiny import tiny_model, tiny_windows
 EXTRACTS: dict[str, tuple[str, RecipePlan]] = {
     "insert": ("organ", OrganPlan()),
     "replace": ("organ", OrganPlan(1, mode="replace")),
+    "insert-8": ("organ", OrganPlan(wire_bits=8)),
+    "replace-8": ("organ", OrganPlan(1, mode="replace", wire_bits=8)),
     "lora": ("lora", LoraPlan(rank=2)),
     "delta": ("delta", DeltaPlan(vectors=True, embeddings=True)),
 }

@@ -31,7 +31,7 @@ from allograft.recipes.facts import (
     OrganFacts,
 )
 from allograft.recipes.lora import changes_of
-from allograft.recipes.patch import LowRank, make_dense, original_weight
+from allograft.recipes.patch import LowRank, make_dense, original_value
 from allograft.recipes.stack import starting_point
 
 _LEADING = 16  # singular values that are computed; the rest is known by its sum only
@@ -77,7 +77,7 @@ def _modules(
             if isinstance(change, LowRank):
                 yield linear, _weigh_factors(change.right, change.left, change.scale, generator)
             else:
-                yield linear, _weigh_matrix(make_dense(change, original_weight(module)), generator)
+                yield linear, _weigh_matrix(make_dense(change, original_value(module)), generator)
     elif isinstance(facts, DeltaFacts):
         places = delta_places(model)
         for target, packed in sorted(packed_directions(attachment).items()):

@@ -37,7 +37,7 @@ KINDS: MappingProxyType[str, Kind] = MappingProxyType(
         kind.name: kind
         for kind in (
             Kind("lora", ("adapter_model.safetensors",)),
-            Kind("organ", ("organ.safetensors",)),
+            Kind("organ", ("organ.safetensors",), QUANTISED_RULES),
             Kind("delta", ("delta.safetensors",), QUANTISED_RULES),
             Kind("expert", ("expert.safetensors",), binds="tokenizer"),
             Kind("module_graft", ("modules.safetensors",)),

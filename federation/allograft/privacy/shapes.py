@@ -22,6 +22,7 @@ from allograft.errors import RejectedError
 from allograft.packet.adapter import AdapterSettings, read_adapter_settings
 from allograft.packet.delta import EMBEDDING, HEAD, read_delta_layout
 from allograft.packet.kinds import find_kind
+from allograft.packet.organ import ORGAN_BITS, organ_layout
 from allograft.packet.tensors import LOCAL_RULES, TensorEntry, read_table, read_tensor
 from allograft.privacy.egress import AllowedTensor, AllowList
 
@@ -151,21 +152,35 @@ def allow_list(kind: str, facts: Mapping[str, canonical.Json], base: BaseTensors
         modules = [canonical.as_text(each) for each in canonical.as_list(facts.get("modules"))]
         return graft_tensors(base, modules)
     source, count = canonical.as_int(facts.get("source")), canonical.as_int(facts.get("blocks"))
-    return organ_tensors(base, source, count)
+    return organ_tensors(base, source, count, canonical.as_int(facts.get("bits", 16)))
 
 
-def organ_tensors(base: BaseTensors, source: int, count: int) -> AllowList:
+def organ_tensors(base: BaseTensors, source: int, count: int, bits: int = 16) -> AllowList:
     """The tensors of an organ made from blocks `source` to `source + count - 1`.
 
+    A row's scale is the largest entry that the row can have, and is bounded as the base's own
+    entries are; the numbers beside it are bounded by their form.
+
     Raises:
-        RejectedError: AG-PRV-040 if the base has no such blocks.
+        RejectedError: AG-PRV-040 if the base has no such blocks, or for other bits than an organ's.
     """
+    if bits not in ORGAN_BITS:
+        raise RejectedError("AG-PRV-040", "the organ's numbers have bits that no organ has")
     if count < 1 or source < 0 or source + count > len(base.blocks):
         raise RejectedError("AG-PRV-040", "the organ names blocks that its base does not have")
-    return {
-        f"blocks.{number}.{name}": AllowedTensor(tensor.shape, _ceiling(name, tensor))
+    own = {
+        f"blocks.{number}.{name}": (name, tensor)
         for number in range(count)
         for name, tensor in base.blocks[source + number].items()
+    }
+    layout = organ_layout({name: tensor.shape for name, (_, tensor) in own.items()}, bits)
+    return {
+        name: AllowedTensor(
+            made.shape,
+            math.inf if made.integers else _ceiling(*own[made.parameter]),
+            made.integers,
+        )
+        for name, made in layout.items()
     }
 
 

@@ -17,6 +17,7 @@ from allograft.crypto import canonical
 from allograft.errors import RejectedError
 from allograft.packet.adapter import AdapterSettings, check_adapter_settings, read_adapter_settings
 from allograft.packet.delta import EMBEDDING, HEAD, DeltaLayout, read_delta_layout
+from allograft.packet.organ import ORGAN_BITS
 from allograft.recipes.base import (
     Declaration,
     Facts,
@@ -41,7 +42,8 @@ class OrganFacts:
 
     `layer_types` repeats the types of the source blocks (empty where the family has none): a block
     computed with another type's mask runs without an error and is wrong. An organ in mode `replace`
-    holds the change against the blocks it replaces, so its source and position are one.
+    holds the change against the blocks it replaces, so its source and position are one. With 8 bits
+    its matrices travel as changes of what training began from; see `packet.organ`.
     """
 
     shape: ModelShape
@@ -51,6 +53,7 @@ class OrganFacts:
     layer_types: tuple[str, ...]
     dtype: str
     mode: str = "insert"
+    bits: int = 16
 
     def __post_init__(self) -> None:
         depth = self.shape.layers
@@ -60,8 +63,8 @@ class OrganFacts:
         if self.mode not in DOSE_RULES or (self.replaces and self.source != self.position):
             raise RejectedError("AG-RCP-002", "the organ's mode is unknown or has another source")
         types = self.shape.layer_types[self.source : self.source + self.blocks]
-        if types != self.layer_types or self.dtype not in DTYPES:
-            raise RejectedError("AG-RCP-002", "the organ's types or dtype are unknown")
+        if types != self.layer_types or self.dtype not in DTYPES or self.bits not in ORGAN_BITS:
+            raise RejectedError("AG-RCP-002", "the organ's types, dtype or bits are unknown")
 
     @property
     def replaces(self) -> bool:
@@ -78,6 +81,7 @@ class OrganFacts:
             "layer_types": list(self.layer_types),
             "dtype": self.dtype,
             "mode": self.mode,
+            "bits": self.bits,
             "dose_rule": DOSE_RULES[self.mode],
         }
 
@@ -98,6 +102,7 @@ class OrganFacts:
             layer_types=tuple(canonical.as_text(entry) for entry in types),
             dtype=canonical.as_text(fields["dtype"]),
             mode=canonical.as_text(fields["mode"]),
+            bits=canonical.as_int(fields["bits"]),
         )
         if fields["dose_rule"] != DOSE_RULES[facts.mode]:
             raise RejectedError("AG-RCP-002", "the organ's dose rule is not that of its mode")

@@ -50,7 +50,7 @@ from allograft.recipes.patch import (
     has_attachments,
     is_patched,
     matrix_shape,
-    original_weight,
+    original_value,
     patch,
     unpatch,
     walk_rows,
@@ -232,7 +232,7 @@ def changes_of(
         left, right = (a.T, b.T) if transposed else (b, a)
         if settings.dora:
             change = LowRank(left, right, settings.scale)
-            found = _row_lengths(original_weight(module), transposed, change)
+            found = _row_lengths(original_value(module), transposed, change)
             wanted = attachment.tensors[f"{name}.lora_magnitude_vector"].to(found)
             # A row without length stays without: PEFT would divide by zero.
             factors = torch.where(found > 0.0, wanted / found, 0.0)
@@ -267,7 +267,7 @@ def starting_tensors(attachment: Attachment, model: PreTrainedModel) -> dict[str
         if facts.settings.frozen_a:
             start[f"{name}.lora_A.weight"] = attachment.tensors[f"{name}.lora_A.weight"]
         if facts.settings.dora:
-            lengths = _row_lengths(original_weight(module), transposed)
+            lengths = _row_lengths(original_value(module), transposed)
             start[f"{name}.lora_magnitude_vector"] = lengths.to("cpu")
     return start
 
@@ -303,7 +303,7 @@ def fold_dose(
         b = tensors[f"{name}.lora_B.weight"].float() * (parts / whole)[:, None]
         low_rank, transposed = change.low_rank, change.transposed
         folded = replace(low_rank, right=b.T) if transposed else replace(low_rank, left=b)
-        lengths = whole * _row_lengths(original_weight(module), transposed, folded)
+        lengths = whole * _row_lengths(original_value(module), transposed, folded)
         if not bool(torch.isfinite(lengths).all()):
             raise RejectedError("AG-RCP-024", "an output of the adapter vanishes at this dose")
         tensors[f"{name}.lora_B.weight"] = b

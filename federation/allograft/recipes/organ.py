@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from transformers import PreTrainedModel
 from allograft.crypto import canonical
 from allograft.durable import durable_write
 from allograft.errors import RejectedError
+from allograft.packet.organ import INTEGERS, ORGAN_BITS, SCALE, OrganTensor, organ_layout
 from allograft.recipes import blocks as surgery
 from allograft.recipes.attachment import DTYPES, read_tensors
 from allograft.recipes.base import (
@@ -44,7 +45,15 @@ from allograft.recipes.base import (
 from allograft.recipes.facts import DOSE_RULES, OrganFacts
 from allograft.recipes.loop import SNAPSHOT, train
 from allograft.recipes.losses import token_losses
-from allograft.recipes.patch import Dense, Place, has_attachments, is_patched, patch, unpatch
+from allograft.recipes.patch import (
+    Dense,
+    Place,
+    has_attachments,
+    is_patched,
+    original_value,
+    patch,
+    unpatch,
+)
 from allograft.recipes.plan import LoopPlan, OrganPlan
 from allograft.recipes.prefix import CacheBudget, choose_prefix, replayed_prefix
 from allograft.recipes.shortage import memory_errors
@@ -112,7 +121,7 @@ class OrganRecipe:
         own = _source_blocks(donor.model, facts)
         with _growing(donor.model, facts, plan.loop) as organ:
             report = _train_organ(donor, facts, plan, organ, donor.workdir / SNAPSHOT) | search
-            tensors = _payload_tensors(facts, organ, own)
+            tensors = _payload_tensors(donor.model, facts, organ, own)
         path = donor.workdir / PAYLOAD
         durable_write(path, save(tensors))
         for name in (SNAPSHOT, _SEARCH):
@@ -133,12 +142,22 @@ class OrganRecipe:
         facts = OrganFacts.from_json(dict(payload.facts))
         if surgery.base_shape(recipient.model) != facts.shape:
             raise RejectedError("AG-RCP-010", "the organ was made on a model of another shape")
-        expected = {
-            f"blocks.{number}.{name}": tuple(value.shape)
-            for number, block in enumerate(_source_blocks(recipient.model, facts))
-            for name, value in block.named_parameters()
-        }
-        tensors = read_tensors(payload.directory / PAYLOAD, expected, DTYPES[facts.dtype])
+        layout = organ_layout(
+            {
+                f"blocks.{number}.{name}": tuple(value.shape)
+                for number, block in enumerate(_source_blocks(recipient.model, facts))
+                for name, value in block.named_parameters()
+            },
+            facts.bits,
+        )
+        tensors = read_tensors(
+            payload.directory / PAYLOAD,
+            {name: tensor.shape for name, tensor in layout.items()},
+            DTYPES[facts.dtype],
+            {name: torch.int8 for name, tensor in layout.items() if tensor.integers},
+        )
+        if facts.bits != 16:
+            tensors = _unpack(recipient.model, facts, layout, tensors)
         return Attachment(self.kind, payload.packet_id, facts, tensors)
 
     def attach(self, attachment: Attachment, model: PreTrainedModel) -> OrganHandle:
@@ -264,6 +283,8 @@ def _plan_facts(model: PreTrainedModel, plan: object) -> OrganFacts:
         raise RejectedError("AG-RCP-035", "an organ needs an organ plan")
     if plan.mode not in DOSE_RULES:
         raise RejectedError("AG-RCP-035", f"an organ's mode is one of {', '.join(DOSE_RULES)}")
+    if plan.wire_bits not in ORGAN_BITS:
+        raise RejectedError("AG-RCP-035", "an organ travels in 8 or 16 bits")
     if has_attachments(model):
         raise RejectedError("AG-RCP-022", "an organ is trained on the plain base")
     surgery.check_weights(model)
@@ -281,7 +302,7 @@ def _plan_facts(model: PreTrainedModel, plan: object) -> OrganFacts:
         )
     dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
     types = shape.layer_types[source : source + plan.blocks]
-    return OrganFacts(shape, plan.blocks, source, position, types, dtype, plan.mode)
+    return OrganFacts(shape, plan.blocks, source, position, types, dtype, plan.mode, plan.wire_bits)
 
 
 @contextlib.contextmanager
@@ -322,18 +343,84 @@ def _growing(
 
 
 def _payload_tensors(
-    facts: OrganFacts, organ: Sequence[nn.Module], own: Sequence[nn.Module]
+    model: PreTrainedModel, facts: OrganFacts, organ: Sequence[nn.Module], own: Sequence[nn.Module]
 ) -> dict[str, torch.Tensor]:
-    """The trained blocks; in mode `replace`, less the base's own that they stand for."""
+    """The trained blocks as they travel; in mode `replace`, less the base's own that they replace.
+
+    Args:
+        model: The donor's.
+        facts: Of the organ.
+        organ: The trained blocks.
+        own: The base's blocks that they began as copies of.
+    """
     tensors = {}
+    dtype = DTYPES[facts.dtype]
     for number, (block, original) in enumerate(zip(organ, own, strict=True)):
-        originals = dict(original.named_parameters())
+        start = _Start(model, facts, original)
         for name, value in block.named_parameters():
-            made = value.detach()
+            made, full = value.detach(), f"blocks.{number}.{name}"
             if facts.replaces:
-                made = made - originals[name].detach()
-            tensors[f"blocks.{number}.{name}"] = made.to("cpu", DTYPES[facts.dtype])
+                made = made - original.get_parameter(name).detach()
+            if facts.bits == 16 or made.ndim != 2:
+                tensors[full] = made.to("cpu", dtype)
+                continue
+            began = start.of(name)
+            change = made.float() if began is None else made.float() - began
+            scale = change.abs().amax(1)
+            steps = 127.0 / torch.where(scale > 0.0, scale, 1.0)
+            tensors[full + INTEGERS] = (change * steps[:, None]).round().to("cpu", torch.int8)
+            tensors[full + SCALE] = scale.to("cpu", dtype)
     return tensors
+
+
+def _unpack(
+    model: PreTrainedModel,
+    facts: OrganFacts,
+    layout: Mapping[str, OrganTensor],
+    tensors: Mapping[str, torch.Tensor],
+) -> dict[str, torch.Tensor]:
+    """A payload of 8 bits as the parameters of blocks, or their change, in the type of the blocks.
+
+    What each entry began as comes from the recipient's own blocks.
+
+    Raises:
+        RejectedError: AG-PKT-027 for -128, which 8 bits could hold and no donor writes.
+    """
+    own = _source_blocks(model, facts)
+    starts = [_Start(model, facts, block) for block in own]
+    dtype = next(own[0].parameters()).dtype
+    found: dict[str, torch.Tensor] = {}
+    for name, tensor in layout.items():
+        if tensor.integers is None:
+            if not name.endswith(SCALE):
+                found[name] = tensors[name].to(dtype)
+            continue
+        if bool((tensors[name] == -128).any()):
+            raise RejectedError("AG-PKT-027", f"a number of {name} is not one of 8 bits")
+        scale = tensors[tensor.parameter + SCALE].float() / 127.0
+        value = tensors[name].float().mul_(scale[:, None])
+        number, inner = tensor.parameter.split(".", 2)[1:]
+        began = starts[int(number)].of(inner)
+        found[tensor.parameter] = (value if began is None else value.add_(began.cpu())).to(dtype)
+    return found
+
+
+class _Start:
+    """What the matrices of one block began as."""
+
+    def __init__(self, model: PreTrainedModel, facts: OrganFacts, original: nn.Module) -> None:
+        family = surgery.find_family(model.config)
+        # A change, and an output projection that was silenced, begin as zeros.
+        self._is_zero = facts.replaces
+        self._silenced = frozenset(surgery.dosed_names(family, original))
+        self._original = original
+
+    def of(self, name: str) -> torch.Tensor | None:
+        """A parameter at the start of training, without changes of others on it; None for zeros."""
+        if self._is_zero or name in self._silenced:
+            return None
+        module, _, parameter = name.rpartition(".")
+        return original_value(self._original.get_submodule(module), parameter).float()
 
 
 def _train_organ(

@@ -181,10 +181,10 @@ def matrix_shape(module: nn.Module, transposed: bool) -> tuple[int, int]:
     return (second, first) if transposed else (first, second)
 
 
-def original_weight(module: nn.Module) -> torch.Tensor:
-    """A linear module's weight as it is without any change on it; not a copy."""
-    patches = _find(module).get("weight")
-    return _parameter(module, "weight").detach() if patches is None else patches.original
+def original_value(module: nn.Module, name: str = "weight") -> torch.Tensor:
+    """A parameter of a module as it is without any change on it; not a copy."""
+    patches = _find(module).get(name)
+    return _parameter(module, name).detach() if patches is None else patches.original
 
 
 def walk_rows(tensor: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:

@@ -42,6 +42,8 @@ class OrganPlan:
         source: The first base block that they begin as copies of; when replacing, `position`.
         position: The base block before which they are inserted, or the first that they replace.
         mode: `insert` or `replace`.
+        wire_bits: 16 to send values in the wire's format; 8 to send matrices as changes of what
+            they began as, in 8 bits and a scale for each row: half the bytes of bf16.
         search_steps: Above 0, several positions are tried with so many steps each, on text held out
             of training. On private data each trial would be a run of its own, so it is refused.
     """
@@ -51,6 +53,7 @@ class OrganPlan:
     position: int | None = None
     mode: str = "insert"
     search_steps: int = 0
+    wire_bits: int = 16
 
     def to_json(self) -> dict[str, canonical.Json]:
         """The choices as a JSON object."""
@@ -70,6 +73,7 @@ class OrganPlan:
             position=_optional_int(fields["position"]),
             mode=canonical.as_text(fields["mode"]),
             search_steps=canonical.as_int(fields["search_steps"]),
+            wire_bits=canonical.as_int(fields["wire_bits"]),
         )
 
 

@@ -147,7 +147,7 @@ class StitchedRecipe:
         if not isinstance(plan.recipe, OrganPlan):
             raise RejectedError("AG-RCP-035", "a stitched organ needs an organ plan")
         depth = surgery.base_shape(donor.model).layers
-        last = replace(plan.recipe, source=None, position=depth, search_steps=0)
+        last = replace(plan.recipe, source=None, position=depth, search_steps=0, wire_bits=16)
         made = OrganRecipe().extract(donor, replace(plan, recipe=last))
         hidden = record_hidden(donor.model, donor.probe)
         organ = OrganRecipe.read_facts(made.facts.to_json())
