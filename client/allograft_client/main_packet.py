@@ -27,6 +27,7 @@ from allograft_client.options import (
     StateOption,
     TargetOption,
     TimeoutOption,
+    VirtualTokensOption,
     WaitOption,
     open_state,
 )
@@ -56,7 +57,7 @@ def donate(
         str, typer.Option("--plan", help="Modes strict and measured: the signed privacy plan.")
     ] = "",
     recipe: Annotated[
-        str, typer.Option(help="`organ`, `lora`, `delta` or `module_graft`.")
+        str, typer.Option(help="`organ`, `lora`, `delta`, `module_graft` or `prompt`.")
     ] = "organ",
     mode: Annotated[str, typer.Option(help="Privacy mode: open, measured or strict.")] = "open",
     language: Annotated[str, typer.Option(help="Language of the text.")] = "en",
@@ -87,6 +88,7 @@ def donate(
     frozen_a: FrozenOption = "",
     modules: ModulesOption = 0,
     ranking: RankingOption = "activation",
+    virtual_tokens: VirtualTokensOption = 20,
     tuned: Annotated[
         str,
         typer.Option(
@@ -142,6 +144,7 @@ def donate(
             frozen_a=frozen_a,
             modules=modules,
             ranking=ranking,
+            virtual_tokens=virtual_tokens,
         ),
         privacy_plan=privacy_plan,
         tuned=tuned,

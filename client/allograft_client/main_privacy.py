@@ -30,6 +30,7 @@ from allograft_client.options import (
     RsloraOption,
     StateOption,
     TargetOption,
+    VirtualTokensOption,
     open_state,
 )
 from allograft_client.plan import DonationPlan
@@ -94,6 +95,7 @@ def new(
     frozen_a: FrozenOption = "",
     modules: ModulesOption = 0,
     ranking: RankingOption = "activation",
+    virtual_tokens: VirtualTokensOption = 20,
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Less memory, a third more time.")
     ] = False,
@@ -151,6 +153,7 @@ def new(
             frozen_a=frozen_a,
             modules=modules,
             ranking=ranking,
+            virtual_tokens=virtual_tokens,
         ),
         checkpointing=checkpointing,
         holdout=holdout,

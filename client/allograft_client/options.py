@@ -63,6 +63,9 @@ RankingOption = Annotated[
         help="Module graft: which come first, by activation, change, random or bottom.",
     ),
 ]
+VirtualTokensOption = Annotated[
+    int, typer.Option("--virtual-tokens", min=1, help="Prompt: how many vectors.")
+]
 
 
 def find_home(state: Path | None) -> Home:

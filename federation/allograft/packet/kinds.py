@@ -36,6 +36,7 @@ KINDS: MappingProxyType[str, Kind] = MappingProxyType(
             Kind("organ", ("organ.safetensors",)),
             Kind("delta", ("delta.safetensors",), QUANTISED_RULES),
             Kind("module_graft", ("modules.safetensors",)),
+            Kind("prompt", ("prompt.safetensors",)),
         )
     }
 )

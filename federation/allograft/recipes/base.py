@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 #: Kinds that ship with this package. A site's policy may allow more, by the name of an installed
 #: entry point; a packet can only choose among the allowed ones.
-BUILT_IN_KINDS = frozenset({"organ", "lora", "delta", "module_graft"})
+BUILT_IN_KINDS = frozenset({"organ", "lora", "delta", "module_graft", "prompt"})
 
 #: Doses that the gate tries. Half a dose kept two thirds of the gain at a fifth of the harm to
 #: general text in our measurements, so a full dose is never the only candidate.

@@ -32,6 +32,7 @@ from allograft.recipes.delta import packed_directions
 from allograft.recipes.factors import unpack
 from allograft.recipes.facts import DeltaFacts, LoraFacts
 from allograft.recipes.lora import PAYLOAD, PREFIX, fold_dose
+from allograft.recipes.patch import PROMPT_OWNER
 from allograft.recipes.snapshot import load_model
 
 
@@ -40,6 +41,8 @@ def export_merged(
 ) -> None:
     """Write a model with its attachments as one snapshot for `from_pretrained`.
 
+    A prompt is no part of any weight and cannot be in a snapshot.
+
     Args:
         model: With attachments at their doses.
         tokenizer: Written beside it.
@@ -47,9 +50,11 @@ def export_merged(
         ancestry: The packets inside, written beside it as well.
 
     Raises:
-        RejectedError: AG-RCP-024 if the directory exists.
+        RejectedError: AG-RCP-024 if the directory exists or a prompt is on the model.
         UnavailableError: AG-STO-001 when the disk is full.
     """
+    if any(hasattr(module, PROMPT_OWNER) for module in model.modules()):
+        raise RejectedError("AG-RCP-024", "a prompt stands before the text, not in the weights")
     with _new_directory(directory) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)

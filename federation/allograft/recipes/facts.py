@@ -18,7 +18,7 @@ from allograft.errors import RejectedError
 from allograft.packet.adapter import AdapterSettings, check_adapter_settings, read_adapter_settings
 from allograft.packet.delta import EMBEDDING, HEAD, DeltaLayout, read_delta_layout
 from allograft.recipes.base import Facts, ModelShape
-from allograft.recipes.plan import RANKINGS
+from allograft.recipes.plan import RANKINGS, check_virtual_tokens
 
 #: How a dose acts on an organ; stated in the facts so that no reader has to guess.
 DOSE_RULE = "residual-branches"
@@ -259,12 +259,49 @@ class ModuleGraftFacts:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class PromptFacts:
+    """What a recipient must know before it opens a prompt."""
+
+    shape: ModelShape
+    virtual_tokens: int
+    dtype: str
+
+    def __post_init__(self) -> None:
+        check_virtual_tokens(self.virtual_tokens)
+        if self.dtype not in DTYPES:
+            raise RejectedError("AG-RCP-002", "the prompt's dtype is unknown")
+
+    def to_json(self) -> dict[str, canonical.Json]:
+        """The facts as a JSON object."""
+        return {
+            "shape": self.shape.to_json(),
+            "virtual_tokens": self.virtual_tokens,
+            "dtype": self.dtype,
+        }
+
+    @classmethod
+    def from_json(cls, value: canonical.Json) -> PromptFacts:
+        """Read and check the facts.
+
+        Raises:
+            RejectedError: AG-IN-003 if malformed, AG-RCP-002 or AG-RCP-035 if out of range.
+        """
+        fields = canonical.as_object(value, cls.__dataclass_fields__.keys())
+        return cls(
+            shape=ModelShape.from_json(fields["shape"]),
+            virtual_tokens=canonical.as_int(fields["virtual_tokens"]),
+            dtype=canonical.as_text(fields["dtype"]),
+        )
+
+
 #: How the facts of each kind are read.
 _READERS: Mapping[str, Callable[[canonical.Json], Facts]] = {
     "organ": OrganFacts.from_json,
     "lora": LoraFacts.from_json,
     "delta": DeltaFacts.from_json,
     "module_graft": ModuleGraftFacts.from_json,
+    "prompt": PromptFacts.from_json,
 }
 
 

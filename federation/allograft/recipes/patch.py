@@ -24,6 +24,9 @@ from allograft.recipes.blocks import has_insertions
 
 _PATCHES = "allograft_patches"
 
+#: Set on a model's trunk while a prompt is on the model: the id of the attachment.
+PROMPT_OWNER = "allograft_prompt_owner"
+
 #: Entries of a block of rows, 16 MiB in float32.
 _BLOCK_ENTRIES = 1 << 22
 
@@ -150,7 +153,9 @@ def original_of(module: nn.Module, name: str = "weight") -> torch.Tensor:
 
 def has_attachments(model: PreTrainedModel) -> bool:
     """Whether a model carries anything that an attachment put there."""
-    return has_insertions(model) or any(is_patched(module) for module in model.modules())
+    return has_insertions(model) or any(
+        is_patched(module) or hasattr(module, PROMPT_OWNER) for module in model.modules()
+    )
 
 
 def _find(module: nn.Module) -> dict[str, _Patches]:
