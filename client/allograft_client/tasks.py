@@ -72,7 +72,6 @@ from allograft.provenance.statement import write_base
 from allograft.recipes import export
 from allograft.recipes.attachment import load_attachment, rewrite_dose, save_attachment
 from allograft.recipes.base import (
-    DOSES,
     Attachment,
     Donor,
     Payload,
@@ -249,8 +248,9 @@ def _evaluate(task: Task, tell: Tell) -> dict[str, Any]:
     recipe, attachment = _fit(task, loaded)
     before, kept_before = measure(loaded.model, domain), measure(loaded.model, retention)
     points = []
-    for number, dose in enumerate(DOSES):
-        tell({"stage": "evaluating", "done": number, "of": len(DOSES)})
+    doses = attachment.doses
+    for number, dose in enumerate(doses):
+        tell({"stage": "evaluating", "done": number, "of": len(doses)})
         handle = recipe.attach(replace(attachment, dose=dose), loaded.model)
         try:
             after, kept = measure(loaded.model, domain), measure(loaded.model, retention)

@@ -967,6 +967,11 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
             "a training plan is out of range",
             "Check steps, batch size, learning rate, window length and the options of the kind.",
         ),
+        "AG-RCP-036": ErrorCode(
+            "a prompt cannot be served here",
+            "A prompt fits exactly its own base, is the only one, and needs free positions and a "
+            "growing cache that began with it; detach it, or give the whole text again.",
+        ),
         # --- AG-EVA: evaluation, trial and gate at the recipient ---
         "AG-EVA-001": ErrorCode(
             "there are too few documents to judge a packet",

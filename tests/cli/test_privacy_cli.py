@@ -137,6 +137,11 @@ def test_the_plan_fixes_how_many_modules_are_grafted(state, capsys) -> None:
     assert made["training"]["recipe"] == {"modules": 8, "ranking": "activation"}
 
 
+def test_the_plan_fixes_how_many_vectors_a_prompt_has(state, capsys) -> None:
+    made = draft(capsys, state, "--kind", "prompt", "--set", "virtual_tokens=8")
+    assert made["training"]["recipe"] == {"virtual_tokens": 8}
+
+
 def test_loop_parameters_tell_nothing_of_the_data(state, capsys) -> None:
     assert refusal(
         capsys, "plan", "new", "--model", "notes", "--domain", "d", "--target-epsilon", 3,
@@ -167,6 +172,7 @@ def test_the_plan_fixes_who_is_a_person_and_donate_cannot(state, capsys) -> None
      (("--holdout", "nan"), (1, "AG-PRV-052")), (("--kind", "foo"), (1, "AG-RCP-001")),
      (("--learning-rate", "nan"), (1, "AG-PRV-052")), (("--learning-rate", "0"), (1, "AG-RCP-035")),
      (("--set", "alpha=inf"), (1, "AG-PRV-052")), (("--set", f"rank={10**30}"), (1, "AG-PRV-052")),
+     (("--kind", "prompt", "--set", "virtual_tokens=600"), (1, "AG-RCP-035")),
      (("--kind", "module_graft", "--set", "ranking=best"), (1, "AG-RCP-035")),
      (("--set", "dora=true", "--set", "frozen_a=wards"), (1, "AG-PKT-009")),
      (("--set", "target_modules=lm_head"), (1, "AG-PKT-009")),

@@ -23,9 +23,12 @@ from allograft.recipes.base import (
     Recipient,
     load_recipe,
 )
+from allograft.recipes.blocks import describe_model
 from allograft.recipes.documents import Document
+from allograft.recipes.facts import PromptFacts
 from allograft.recipes.loop import train
 from allograft.recipes.plan import LoopPlan, OrganPlan
+from allograft.recipes.prompt import PROMPT_DOSES, TENSOR, PromptRecipe
 from allograft.recipes.shape import train_tokenizer
 from allograft.recipes.snapshot import state_digest
 from allograft.recipes.windows import make_windows
@@ -197,6 +200,18 @@ class TestTrial:
         other = replace(text, retention=sentences(80, 3, "", OTHERS))
         report = run_trial(subject(attachment, model, tokenizer), other, plan)
         assert report.decision.reason is Reason.RETENTION_LOSS
+
+    def test_a_kind_without_half_doses_is_tried_at_its_own(self, model, tokenizer, text) -> None:
+        recipe, count = PromptRecipe(), 4
+        facts = PromptFacts(describe_model(model.config), count, "float32")
+        vectors = model.get_input_embeddings().weight[:count].detach().clone()
+        prompt = Attachment("prompt", "6" * 32, facts, {TENSOR: vectors}, doses=PROMPT_DOSES)
+        before, steps = state_digest(model), []
+        found = Subject(recipe, prompt, model, tokenizer)
+        report = run_trial(found, text, PLAN, steps.append)
+        assert [point.dose for point in report.curve] == [1.0]
+        assert {step.steps for step in steps} == {max(step.done for step in steps)}
+        assert report.state_digest == before == state_digest(model)
 
     def test_takes_nothing_where_nothing_is_gained(
         self, attachment, model, tokenizer, text

@@ -196,6 +196,9 @@ class _Trial:
         self._kept_selection = self._prepare(kept_selection)
         self._kept_test = self._prepare(kept_test)
         self._seal = seal_state(subject.model, self._selection)
+        own = subject.attachment.doses
+        # A kind that has no half doses says which it has.
+        self._doses = plan.doses if own == DOSES else own
 
     def run(self) -> TrialReport:
         curve = self._try_doses()
@@ -208,7 +211,7 @@ class _Trial:
     def _try_doses(self) -> tuple[DosePoint, ...]:
         before, kept = self._measure(None, 0.0, (self._selection, self._kept_selection))
         trials = []
-        for dose in self._plan.doses:
+        for dose in self._doses:
             measured = self._measure(
                 self._subject.attachment, dose, (self._selection, self._kept_selection)
             )
@@ -252,7 +255,7 @@ class _Trial:
     def _tell(self, what: str) -> None:
         if self._progress is not None:
             # Without and at each dose, then on the test documents without, at the dose, and nulls.
-            steps = len(self._plan.doses) + self._plan.nulls + 3
+            steps = len(self._doses) + self._plan.nulls + 3
             self._progress(TrialStep(self._done, steps, what))
 
     def _report(

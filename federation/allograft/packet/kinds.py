@@ -41,6 +41,7 @@ KINDS: MappingProxyType[str, Kind] = MappingProxyType(
             Kind("delta", ("delta.safetensors",), QUANTISED_RULES),
             Kind("expert", ("expert.safetensors",), binds="tokenizer"),
             Kind("module_graft", ("modules.safetensors",)),
+            Kind("prompt", ("prompt.safetensors",)),
         )
     }
 )

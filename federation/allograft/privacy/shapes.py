@@ -151,6 +151,8 @@ def allow_list(kind: str, facts: Mapping[str, canonical.Json], base: BaseTensors
     if name == "module_graft":
         modules = [canonical.as_text(each) for each in canonical.as_list(facts.get("modules"))]
         return graft_tensors(base, modules)
+    if name == "prompt":
+        return prompt_tensors(base, canonical.as_int(facts.get("virtual_tokens")))
     source, count = canonical.as_int(facts.get("source")), canonical.as_int(facts.get("blocks"))
     return organ_tensors(base, source, count, canonical.as_int(facts.get("bits", 16)))
 
@@ -282,6 +284,23 @@ def graft_tensors(base: BaseTensors, modules: Sequence[str]) -> AllowList:
                 ceiling = _ceiling(name, tensor)
                 allowed[f"blocks.{number}.{name}"] = AllowedTensor(tensor.shape, ceiling)
     return allowed
+
+
+def prompt_tensors(base: BaseTensors, count: int) -> AllowList:
+    """The one tensor of a prompt of so many vectors.
+
+    They are as large as embeddings are where they enter; Gemma multiplies those by the root of
+    their width.
+
+    Raises:
+        RejectedError: AG-PRV-040 if the base's files hold no embedding, or for no vectors.
+    """
+    embedding = base.tokens.get(EMBEDDING)
+    if embedding is None or count < 1:
+        raise RejectedError("AG-PRV-040", "the prompt has no vectors, or its base no embedding")
+    hidden = embedding.shape[1]
+    ceiling = math.sqrt(hidden) * _ceiling("embedding", embedding)
+    return {"prompt_embeddings": AllowedTensor((count, hidden), ceiling)}
 
 
 def _matrices(base: BaseTensors, module: str) -> Iterator[tuple[int, str, BaseTensor]]:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 #: Kinds that ship with this package. A site's policy may allow more, by the name of an installed
 #: entry point; a packet can only choose among the allowed ones.
-BUILT_IN_KINDS = frozenset({"organ", "lora", "delta", "expert", "module_graft"})
+BUILT_IN_KINDS = frozenset({"organ", "lora", "delta", "expert", "module_graft", "prompt"})
 
 #: Kinds that measurement has not borne out. No packet travels with one, and `load_recipe` refuses
 #: them unless the caller's own allow-list names them.

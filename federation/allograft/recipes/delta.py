@@ -38,9 +38,8 @@ from allograft.recipes.base import (
     Plan,
     Recipient,
     Verdict,
-    check_base,
 )
-from allograft.recipes.facts import BASE_STAGE, DeltaFacts
+from allograft.recipes.facts import BASE_STAGE, DeltaFacts, check_statement
 from allograft.recipes.loop import SNAPSHOT, train
 from allograft.recipes.patch import Dense, Place, has_attachments, is_patched, patch, unpatch
 from allograft.recipes.plan import DeltaPlan, LoopPlan
@@ -126,13 +125,7 @@ class DeltaRecipe:
 
     def check(self, statement: Declaration, model_card: ModelCard) -> Verdict:
         """Accept deltas made on this base or on a relative of it."""
-        facts = DeltaFacts.from_json(dict(statement.facts))
-        if facts.anchor and facts.anchor != statement.base_weights_digest:
-            return Verdict("refuse", "its anchor is not the base of its statement", "AG-RCP-002")
-        verdict = check_base(statement, facts, model_card)
-        if facts.stage == BASE_STAGE or verdict.level == "refuse":
-            return verdict
-        return replace(verdict, reason=f"{verdict.reason}; a skill for stage {facts.stage}")
+        return check_statement(statement, model_card)
 
     def fit(self, payload: Payload, recipient: Recipient) -> Attachment:
         """Read a delta strictly against the recipient's own tensors.

@@ -34,7 +34,7 @@ from allograft.recipes.factors import unpack
 from allograft.recipes.facts import DeltaFacts, LoraFacts
 from allograft.recipes.lora import PAYLOAD, PREFIX, fold_dose
 from allograft.recipes.mixture import has_experts
-from allograft.recipes.patch import has_attachments
+from allograft.recipes.patch import PROMPT_OWNER, has_attachments
 from allograft.recipes.stack import Stack, stack_digest
 
 #: What is inside an export, written beside its weights.
@@ -63,6 +63,8 @@ def export_merged(
 ) -> None:
     """Write a model with its attachments as one snapshot for `from_pretrained`.
 
+    A prompt is no part of any weight and cannot be in a snapshot.
+
     Args:
         stack: The model with attachments at their doses; all of them are in the stack.
         tokenizer: Written beside it.
@@ -73,13 +75,16 @@ def export_merged(
     Raises:
         RejectedError: AG-RCP-024 if the directory exists, if the model carries something that the
             stack does not know, if blocks stand beside others, since no stock model has such a
-            place for them, or if an expert speaks beside it: no weight holds its words.
+            place for them, if an expert speaks beside it, whose words no weight holds, or if a
+            prompt stands before the text.
         UnavailableError: AG-STO-001 when the disk is full.
     """
     if any(sides_of(block) for block in model_blocks(stack.model)):
         raise RejectedError("AG-RCP-024", "blocks beside a block cannot be merged into a snapshot")
     if has_experts(stack.model):
         raise RejectedError("AG-RCP-024", "an expert is no part of the model's weights")
+    if any(hasattr(module, PROMPT_OWNER) for module in stack.model.modules()):
+        raise RejectedError("AG-RCP-024", "a prompt stands before the text, not in the weights")
     if has_attachments(stack.model) and not stack.attachments:
         raise RejectedError("AG-RCP-024", "the model carries attachments that are not listed")
     with _new_directory(directory) as temporary:

@@ -27,7 +27,7 @@ from allograft.recipes.base import (
     check_base,
     check_tokenizer,
 )
-from allograft.recipes.plan import RANKINGS
+from allograft.recipes.plan import RANKINGS, check_virtual_tokens
 
 #: How a dose acts on an organ, by its mode; stated in the facts so that no reader has to guess.
 DOSE_RULES: Mapping[str, str] = {"insert": "residual-branches", "replace": "change"}
@@ -441,6 +441,42 @@ class ModuleGraftFacts:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class PromptFacts:
+    """What a recipient must know before it opens a prompt."""
+
+    shape: ModelShape
+    virtual_tokens: int
+    dtype: str
+
+    def __post_init__(self) -> None:
+        check_virtual_tokens(self.virtual_tokens)
+        if self.dtype not in DTYPES:
+            raise RejectedError("AG-RCP-002", "the prompt's dtype is unknown")
+
+    def to_json(self) -> dict[str, canonical.Json]:
+        """The facts as a JSON object."""
+        return {
+            "shape": self.shape.to_json(),
+            "virtual_tokens": self.virtual_tokens,
+            "dtype": self.dtype,
+        }
+
+    @classmethod
+    def from_json(cls, value: canonical.Json) -> PromptFacts:
+        """Read and check the facts.
+
+        Raises:
+            RejectedError: AG-IN-003 if malformed, AG-RCP-002 or AG-RCP-035 if out of range.
+        """
+        fields = canonical.as_object(value, cls.__dataclass_fields__.keys())
+        return cls(
+            shape=ModelShape.from_json(fields["shape"]),
+            virtual_tokens=canonical.as_int(fields["virtual_tokens"]),
+            dtype=canonical.as_text(fields["dtype"]),
+        )
+
+
 #: How the facts of each kind are read.
 _READERS: Mapping[str, Callable[[canonical.Json], Facts]] = {
     "organ": OrganFacts.from_json,
@@ -448,6 +484,7 @@ _READERS: Mapping[str, Callable[[canonical.Json], Facts]] = {
     "delta": DeltaFacts.from_json,
     "expert": ExpertFacts.from_json,
     "module_graft": ModuleGraftFacts.from_json,
+    "prompt": PromptFacts.from_json,
 }
 
 
@@ -472,4 +509,15 @@ def check_statement(statement: Declaration, card: ModelCard) -> Verdict:
     facts = read_facts(statement.kind, dict(statement.facts))
     if isinstance(facts, ExpertFacts):
         return check_tokenizer(statement, facts, card, needs_base=facts.needs_base)
-    return check_base(statement, facts, card)
+    if isinstance(facts, DeltaFacts) and facts.anchor not in {"", statement.base_weights_digest}:
+        return Verdict("refuse", "its anchor is not the base of its statement", "AG-RCP-002")
+    verdict = check_base(statement, facts, card)
+    if isinstance(facts, PromptFacts) and verdict.level != "exact":
+        if verdict.code in {"AG-RCP-010", "AG-RCP-011"}:
+            return verdict
+        # A relative reads its vectors another way.
+        reason = "a prompt fits no other weights than those it was made on"
+        return Verdict("refuse", reason, "AG-RCP-036", verdict.numbers)
+    if isinstance(facts, DeltaFacts) and facts.stage != BASE_STAGE and verdict.level != "refuse":
+        return replace(verdict, reason=f"{verdict.reason}; a skill for stage {facts.stage}")
+    return verdict

@@ -36,10 +36,9 @@ from allograft.recipes.base import (
     Plan,
     Recipient,
     Verdict,
-    check_base,
 )
 from allograft.recipes.delta import learning_in_place, train_in_place
-from allograft.recipes.facts import ModuleGraftFacts
+from allograft.recipes.facts import ModuleGraftFacts, check_statement
 from allograft.recipes.loop import SNAPSHOT
 from allograft.recipes.patch import Dense, Place, has_attachments, is_patched, patch, unpatch
 from allograft.recipes.plan import ModuleGraftPlan
@@ -134,7 +133,7 @@ class ModuleGraftRecipe:
 
     def check(self, statement: Declaration, model_card: ModelCard) -> Verdict:
         """Accept grafts made on this base or on a relative of it."""
-        return check_base(statement, ModuleGraftFacts.from_json(dict(statement.facts)), model_card)
+        return check_statement(statement, model_card)
 
     def fit(self, payload: Payload, recipient: Recipient) -> Attachment:
         """Read a graft strictly against the recipient's own modules.

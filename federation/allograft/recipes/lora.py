@@ -39,9 +39,8 @@ from allograft.recipes.base import (
     Plan,
     Recipient,
     Verdict,
-    check_base,
 )
-from allograft.recipes.facts import LoraFacts
+from allograft.recipes.facts import LoraFacts, check_statement
 from allograft.recipes.frozen import draw_a
 from allograft.recipes.loop import SNAPSHOT, train
 from allograft.recipes.patch import (
@@ -111,7 +110,7 @@ class LoraRecipe:
 
     def check(self, statement: Declaration, model_card: ModelCard) -> Verdict:
         """Accept adapters made on this base or on a relative of it."""
-        return check_base(statement, LoraFacts.from_json(dict(statement.facts)), model_card)
+        return check_statement(statement, model_card)
 
     def fit(self, payload: Payload, recipient: Recipient) -> Attachment:
         """Read an adapter strictly against the recipient's own matrices.

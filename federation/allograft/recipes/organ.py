@@ -40,9 +40,8 @@ from allograft.recipes.base import (
     Plan,
     Recipient,
     Verdict,
-    check_base,
 )
-from allograft.recipes.facts import DOSE_RULES, OrganFacts
+from allograft.recipes.facts import DOSE_RULES, OrganFacts, check_statement
 from allograft.recipes.loop import SNAPSHOT, train
 from allograft.recipes.losses import token_losses
 from allograft.recipes.patch import (
@@ -130,7 +129,7 @@ class OrganRecipe:
 
     def check(self, statement: Declaration, model_card: ModelCard) -> Verdict:
         """Accept organs made on this base or on a relative of it."""
-        return check_base(statement, OrganFacts.from_json(dict(statement.facts)), model_card)
+        return check_statement(statement, model_card)
 
     def fit(self, payload: Payload, recipient: Recipient) -> Attachment:
         """Read an organ strictly against the recipient's own blocks.

@@ -26,6 +26,9 @@ from allograft.recipes.shortage import memory_errors
 
 _PATCHES = "allograft_patches"
 
+#: Set on a model's trunk while a prompt is on the model: the id of the attachment.
+PROMPT_OWNER = "allograft_prompt_owner"
+
 #: Entries of a block of rows, 16 MiB in float32.
 _BLOCK_ENTRIES = 1 << 22
 
@@ -203,8 +206,10 @@ def make_dense(change: Change, original: torch.Tensor) -> torch.Tensor:
 
 def has_attachments(model: PreTrainedModel) -> bool:
     """Whether a model carries anything that an attachment put there."""
-    changed = has_insertions(model) or any(is_patched(module) for module in model.modules())
-    return changed or has_experts(model)
+    changed = has_insertions(model) or has_experts(model)
+    return changed or any(
+        is_patched(module) or hasattr(module, PROMPT_OWNER) for module in model.modules()
+    )
 
 
 def _find(module: nn.Module) -> dict[str, _Patches]:

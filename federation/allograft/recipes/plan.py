@@ -263,6 +263,38 @@ class ModuleGraftPlan:
         return plan
 
 
+@dataclass(frozen=True, slots=True)
+class PromptPlan:
+    """How many vectors stand before the text."""
+
+    virtual_tokens: int = 20
+
+    def to_json(self) -> dict[str, canonical.Json]:
+        """The choices as a JSON object."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: canonical.Json) -> PromptPlan:
+        """Read them.
+
+        Raises:
+            RejectedError: AG-IN-003 if malformed, AG-RCP-035 if out of range.
+        """
+        fields = canonical.as_object(value, cls.__dataclass_fields__.keys())
+        return cls(check_virtual_tokens(canonical.as_int(fields["virtual_tokens"])))
+
+
+def check_virtual_tokens(count: int) -> int:
+    """Return how many vectors a prompt has, if it can have so many.
+
+    Raises:
+        RejectedError: AG-RCP-035.
+    """
+    if not 1 <= count <= 512:
+        raise RejectedError("AG-RCP-035", "a prompt has 1 to 512 vectors")
+    return count
+
+
 #: What each kind lets a donor choose.
 RECIPE_PLANS: Mapping[str, type[RecipePlan]] = {
     "organ": OrganPlan,
@@ -270,6 +302,7 @@ RECIPE_PLANS: Mapping[str, type[RecipePlan]] = {
     "delta": DeltaPlan,
     "expert": ExpertPlan,
     "module_graft": ModuleGraftPlan,
+    "prompt": PromptPlan,
 }
 
 
