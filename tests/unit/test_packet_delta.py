@@ -3,7 +3,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from allograft.errors import RejectedError
 from allograft.packet.delta import DeltaLayout, Integers, read_delta_layout
@@ -70,6 +70,7 @@ def test_refuses_malformed_ranks(facts: dict[str, object]) -> None:
         read_delta_layout(facts)
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.binary(min_size=1, max_size=40), st.sampled_from([4, 8]), st.booleans())
 def test_no_number_has_two_spellings(content: bytes, bits: int, odd: bool) -> None:
     """What passes the check is what its own numbers would be written as."""

@@ -5,7 +5,7 @@ from itertools import product
 
 import pytest
 import torch
-from hypothesis import given, strategies as st
+from hypothesis import given, settings, strategies as st
 
 from allograft.recipes.factors import (
     Directions,
@@ -28,6 +28,7 @@ def matrix(rows: int, columns: int, seed: int) -> torch.Tensor:
     return left @ torch.diag(0.75 ** torch.arange(rank)) @ right
 
 
+@settings(deadline=None, max_examples=50)
 @given(
     rows=st.integers(2, 40),
     columns=st.integers(2, 40),
@@ -65,6 +66,7 @@ def test_numbers_that_need_no_rounding_come_back_exactly(ranks: tuple[int, int])
     torch.testing.assert_close(a.T @ b, left.T @ torch.diag(found.values) @ right)
 
 
+@settings(deadline=None, max_examples=50)
 @given(st.data())
 def test_no_other_choice_of_the_same_bytes_keeps_more(data: st.DataObject) -> None:
     """Against every choice of directions and bits of three small matrices."""
