@@ -163,9 +163,8 @@ def _train(task: Task, tell: Tell) -> dict[str, Any]:
     def progress(step: Step) -> None:
         tell({"stage": "training", "done": step.number, "of": step.steps, "loss": step.loss})
 
-    tuned = (
-        load_model(Path(_text(task, "tuned")), str(loaded.model.device)) if task["tuned"] else None
-    )
+    path = canonical.as_text(task.get("tuned", ""))
+    tuned = load_model(Path(path), str(loaded.model.device)) if path else None
     donor = Donor(loaded.model, windows, workdir, progress, tuned=tuned)
     extract = load_recipe(_text(task, "kind")).extract(donor, plan)
     return {
