@@ -334,8 +334,9 @@ def test_refuses_bad_settings_and_double_use(tmp_path: Path) -> None:
     with pytest.raises(RejectedError, match="AG-RCP-035"):
         RECIPE.extract(Donor(model, tiny_windows(), tmp_path), Plan(LoraPlan(), LOOP))
     facts = untrained(model).facts.to_json()
-    with pytest.raises(RejectedError, match="AG-RCP-002"):
-        read_facts("prompt", facts | {"dtype": "int8"})
+    for change in ({"dtype": "int8"}, {"virtual_tokens": 0}, {"virtual_tokens": 513}):
+        with pytest.raises(RejectedError, match="AG-RCP-002"):
+            read_facts("prompt", facts | change)
     attachment = untrained(model)
     with pytest.raises(RejectedError, match="AG-RCP-021"):
         RECIPE.attach(replace(attachment, dose=0.5), model)

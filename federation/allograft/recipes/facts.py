@@ -27,7 +27,7 @@ from allograft.recipes.base import (
     check_base,
     check_tokenizer,
 )
-from allograft.recipes.plan import RANKINGS, check_virtual_tokens
+from allograft.recipes.plan import MOST_VIRTUAL_TOKENS, RANKINGS
 
 #: How a dose acts on an organ, by its mode; stated in the facts so that no reader has to guess.
 DOSE_RULES: Mapping[str, str] = {"insert": "residual-branches", "replace": "change"}
@@ -450,9 +450,8 @@ class PromptFacts:
     dtype: str
 
     def __post_init__(self) -> None:
-        check_virtual_tokens(self.virtual_tokens)
-        if self.dtype not in DTYPES:
-            raise RejectedError("AG-RCP-002", "the prompt's dtype is unknown")
+        if not 1 <= self.virtual_tokens <= MOST_VIRTUAL_TOKENS or self.dtype not in DTYPES:
+            raise RejectedError("AG-RCP-002", "the prompt's vectors or dtype are out of range")
 
     def to_json(self) -> dict[str, canonical.Json]:
         """The facts as a JSON object."""
@@ -467,7 +466,7 @@ class PromptFacts:
         """Read and check the facts.
 
         Raises:
-            RejectedError: AG-IN-003 if malformed, AG-RCP-002 or AG-RCP-035 if out of range.
+            RejectedError: AG-IN-003 if malformed, AG-RCP-002 if out of range.
         """
         fields = canonical.as_object(value, cls.__dataclass_fields__.keys())
         return cls(

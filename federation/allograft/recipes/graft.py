@@ -6,8 +6,9 @@ ranks them, and ships the change of the first K. After Beyond Learning (arXiv 26
 copies the K modules whose mean absolute output at the last token differs most between two siblings;
 here the change against the named base travels, so that it has a dose and fits relatives of it.
 
-A kind for comparison: in our measurements K modules taken by chance gain as much as the first K,
-and the whole change at half its dose beats any choice of modules. See protos/spec/recipes.md.
+A kind for comparison: in our measurements K modules taken by chance gain as much as the first K by
+activation, and the whole change at a part of its dose gains more, at less cost to general text,
+than any choice of modules. See protos/spec/recipes.md.
 """
 
 from __future__ import annotations

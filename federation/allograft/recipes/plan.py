@@ -263,6 +263,10 @@ class ModuleGraftPlan:
         return plan
 
 
+#: Each vector takes a position of the context from the text.
+MOST_VIRTUAL_TOKENS = 512
+
+
 @dataclass(frozen=True, slots=True)
 class PromptPlan:
     """How many vectors stand before the text."""
@@ -281,18 +285,17 @@ class PromptPlan:
             RejectedError: AG-IN-003 if malformed, AG-RCP-035 if out of range.
         """
         fields = canonical.as_object(value, cls.__dataclass_fields__.keys())
-        return cls(check_virtual_tokens(canonical.as_int(fields["virtual_tokens"])))
+        return cls(canonical.as_int(fields["virtual_tokens"])).check()
 
+    def check(self) -> PromptPlan:
+        """Return itself if it can be run.
 
-def check_virtual_tokens(count: int) -> int:
-    """Return how many vectors a prompt has, if it can have so many.
-
-    Raises:
-        RejectedError: AG-RCP-035.
-    """
-    if not 1 <= count <= 512:
-        raise RejectedError("AG-RCP-035", "a prompt has 1 to 512 vectors")
-    return count
+        Raises:
+            RejectedError: AG-RCP-035.
+        """
+        if not 1 <= self.virtual_tokens <= MOST_VIRTUAL_TOKENS:
+            raise RejectedError("AG-RCP-035", f"a prompt has 1 to {MOST_VIRTUAL_TOKENS} vectors")
+        return self
 
 
 #: What each kind lets a donor choose.

@@ -105,7 +105,7 @@ class PromptRecipe:
             raise RejectedError("AG-RCP-022", "a prompt is trained on the plain base")
         dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
         shape = surgery.describe_model(model.config)
-        facts = PromptFacts(shape, recipe.virtual_tokens, dtype)
+        facts = PromptFacts(shape, recipe.check().virtual_tokens, dtype)
         with _growing(model, facts.virtual_tokens, plan.loop) as vectors:
             report = _train_vectors(donor, plan, vectors)
         value = vectors.detach().to("cpu", DTYPES[dtype]).contiguous()
