@@ -112,7 +112,7 @@ def test_a_payload_file_is_never_a_link(tmp_path, donor):
     assert code_of(caught) == "AG-PKT-002"
 
 
-@pytest.mark.parametrize("kind", ["pickle", "delta", "", "organ.safetensors"])
+@pytest.mark.parametrize("kind", ["pickle", "painting", "", "organ.safetensors"])
 def test_kinds_outside_the_list_are_refused(tmp_path, kind):
     with pytest.raises(RejectedError) as caught:
         container.list_payload(tmp_path, kind)

@@ -50,7 +50,7 @@ def _set(*path):
 CHANGES = {
     "unknown field": (_set("note", "x"), "AG-PRO-001"),
     "missing field": (lambda v: v.pop("licence"), "AG-PRO-001"),
-    "unknown kind": (_set("kind", "delta"), "AG-PKT-001"),
+    "unknown kind": (_set("kind", "painting"), "AG-PKT-001"),
     "a kind of other files": (_set("kind", "lora"), "AG-PRO-001"),
     "a permission that is text": (_set("licence", "merge", "no"), "AG-PRO-001"),
     "a permission too many": (_set("licence", "sell", True), "AG-PRO-001"),
