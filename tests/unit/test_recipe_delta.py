@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from allograft.errors import RejectedError
+from allograft.errors import RejectedError, UnavailableError
 from allograft.evaluate.spectrum import weigh_attachment
 from allograft.packet.delta import EMBEDDING, DeltaLayout
 from allograft.privacy.dp import DpConstants
@@ -415,13 +415,13 @@ def test_a_failure_in_the_middle_leaves_the_model_as_it_was(
         write(value, patches)
 
     monkeypatch.setattr(patch, "_write", failing)
-    with pytest.raises(MemoryError):
+    with pytest.raises(UnavailableError, match="AG-RCP-027"):
         RECIPE.attach(attachment, model)
     assert state_digest(model) == digest
     assert not has_attachments(model)
     handle = RECIPE.attach(attachment, model)
     full, calls = state_digest(model), 0
-    with pytest.raises(MemoryError):
+    with pytest.raises(UnavailableError, match="AG-RCP-027"):
         handle.set_dose(0.25)
     assert state_digest(model) == full
     assert handle.attachment.dose == 1.0
