@@ -7,11 +7,12 @@ other (Procrustes); the organ then works beside the recipient's last block,
 
     h + dose (O(u) - u) B,   u = h A + a.
 
-It is kept as a published null result, not as a way to share knowledge: measured, it reaches 2 to
-7 % of the gain on the donor's own base in the middle of a model and 13 to 21 % behind the last
-block, where a bias on the logits of a few kilobytes reaches 9 to 15 %. Hence: no packet kind,
-refused unless named (`EXPERIMENTAL_KINDS`), a half dose at most. How well the rotation fits says
-nothing about what it carries over. See protos/spec/recipes.md, "Stitched".
+It is published for what it measured, not as a way to share knowledge. On models of one to two
+million weights it reached 2 to 7 % of the gain on the donor's own base in the middle of a model and
+13 to 21 % behind the last block, where a bias on the logits of a few kilobytes reached 9 to 15 %;
+smaller models disagree (benchmarks/RESULTS.md). Hence: no packet kind, refused unless named
+(`EXPERIMENTAL_KINDS`), a half dose at most. How well the rotation fits says nothing about what it
+carries over. See protos/spec/recipes.md, "Stitched".
 """
 
 from __future__ import annotations
