@@ -226,7 +226,7 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
         # --- AG-PKT: packets, their files and their tensors ---
         "AG-PKT-001": ErrorCode(
             "a packet is of a kind that is not allowed",
-            "This version knows the kinds organ, lora and delta; kinds are never loaded by name.",
+            "`allograft-site recipes` lists the kinds of this version; none is loaded by name.",
         ),
         "AG-PKT-002": ErrorCode(
             "a packet directory holds other files than its kind has",

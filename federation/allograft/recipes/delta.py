@@ -192,8 +192,8 @@ def extract_difference(
 
     Raises:
         RejectedError: AG-RCP-012 if the anchor is not the declared base, AG-RCP-010 for models of
-            two shapes, AG-RCP-032 if a directory is unusable or holds no change, AG-RCP-035 for a
-            bad plan.
+            two shapes, AG-RCP-032 if a directory is unusable, AG-RCP-035 for a bad plan or if
+            nothing changed.
     """
     _check_plan(plan)
     digest = digest_weights(anchor)

@@ -220,7 +220,8 @@ def _choose_facts(donor: Donor, plan: Plan) -> tuple[OrganFacts, dict[str, canon
     """The organ as planned, its position searched for if the plan says so, and the search's report.
 
     A search's result is kept until the payload is written, so that a resumed run trains on at the
-    position that it began with.
+    position that it began with. A search is refused under differential privacy; that it is refused
+    on other private data too is up to whoever knows that the data is private (`DonationPlan.check`).
     """
     facts = _plan_facts(donor.model, plan.recipe)
     assert isinstance(plan.recipe, OrganPlan)
