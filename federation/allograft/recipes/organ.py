@@ -221,7 +221,7 @@ def _choose_facts(donor: Donor, plan: Plan) -> tuple[OrganFacts, dict[str, canon
 
     A search's result is kept until the payload is written, so that a resumed run trains on at the
     position that it began with. A search is refused under differential privacy; that it is refused
-    on other private data too is up to whoever knows that the data is private (`DonationPlan.check`).
+    on other private data too is up to the caller, who alone knows it (`DonationPlan.check`).
     """
     facts = _plan_facts(donor.model, plan.recipe)
     assert isinstance(plan.recipe, OrganPlan)
