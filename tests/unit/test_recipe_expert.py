@@ -4,6 +4,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -42,6 +43,7 @@ from allograft.recipes.patch import has_attachments
 from allograft.recipes.plan import ExpertPlan, LoopPlan, LoraPlan
 from allograft.recipes.snapshot import state_digest
 from allograft.recipes.stack import Stack, null_packet
+from allograft_client import tasks
 from allograft_client.recipient import Choice
 from kit.tiny import FAMILIES, generate, logits_of, tiny_model, tiny_tokens, tiny_windows
 
@@ -186,6 +188,33 @@ def test_texts_padded_on_the_left_go_on_as_they_do_alone(family: str, tmp_path: 
         alone = rows[number : number + 1, :length]
         said = model.generate(alone, attention_mask=torch.ones_like(alone), **plan)
         assert said[0, length:].tolist() == together[number].tolist()
+
+
+@pytest.mark.parametrize("mixing", ["ensemble", "difference"])
+def test_donors_audits_read_the_experts_own_words_whatever_its_gate_and_mixing(
+    mixing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, model = extract(tmp_path, plan=ExpertPlan("whole", mixing, gate=0.99)), stranger()
+    attachment = fit(tmp_path, made, model)
+    read: list[torch.Tensor] = []
+
+    def stop(*_args: object, **_named: object) -> None:
+        raise InterruptedError
+
+    people, loaded = SimpleNamespace(canaries=None), SimpleNamespace(model=model, tokenizer=None)
+    for name, stand_in in (
+        ("_load", lambda _task: loaded),
+        ("read_people", lambda _path: people),
+        ("_audited", lambda *_args: None),
+        ("_fit", lambda *_args: (RECIPE, attachment)),
+        ("read_all", lambda model, *_args: read.append(logits_of(model))),
+        ("Readings", stop),
+    ):
+        monkeypatch.setattr(tasks, name, stand_in)
+    with pytest.raises(InterruptedError):
+        tasks._audit({"people": "people", "claim": None}, lambda _stage: None)
+    assert torch.equal(read[0], logits_of(stranger()))
+    assert torch.equal(read[1], logits_of(twin(tmp_path, made)).log_softmax(-1))
 
 
 def test_unsure_expert_is_not_heard(tmp_path: Path) -> None:
