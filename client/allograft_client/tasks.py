@@ -88,6 +88,7 @@ from allograft.recipes.documents import (
     read_documents,
     split_documents,
 )
+from allograft.recipes.facts import ExpertFacts
 from allograft.recipes.plan import DeltaPlan, LoopPlan, Step, read_recipe_plan
 from allograft.recipes.router import BASE, Router
 from allograft.recipes.snapshot import load_model, load_tokenizer
@@ -280,7 +281,7 @@ def _audit(task: Task, tell: Tell) -> dict[str, Any]:
     recipe, attachment = _fit(task, loaded)
     tell({"stage": "auditing: the base"})
     before = read_all(loaded.model, loaded.tokenizer, audited, people.canaries)
-    handle = recipe.attach(replace(attachment, dose=1.0), loaded.model)
+    handle = recipe.attach(_as_an_attacker_would(attachment), loaded.model)
     try:
         tell({"stage": "auditing: the packet"})
         after = read_all(loaded.model, loaded.tokenizer, audited, people.canaries)
@@ -305,6 +306,18 @@ def _audit(task: Task, tell: Tell) -> dict[str, Any]:
             for each in audit.exposed
         ],
     }
+
+
+def _as_an_attacker_would(attachment: Attachment) -> Attachment:
+    """An attachment at full dose, of an expert its own words alone.
+
+    Whoever holds an expert's payload runs it without the gate and without a recipient's words, so
+    what these would hide has left the site all the same.
+    """
+    facts = attachment.facts
+    if isinstance(facts, ExpertFacts):
+        facts = replace(facts, mixing="ensemble", gate=0.0)
+    return replace(attachment, dose=1.0, facts=facts)
 
 
 def _audited(task: Task, loaded: _Loaded, people: People) -> AuditedPersons:

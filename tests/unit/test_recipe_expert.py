@@ -1,16 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Experts: a stranger's small model beside another, mixed in token by token, gone without trace."""
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import LlamaForCausalLM
 
-from allograft.errors import RejectedError
+from allograft.errors import AllograftError, RejectedError
 from allograft.evaluate.bootstrap import Resampling
 from allograft.evaluate.gate import GateRules
 from allograft.evaluate.loss import measure, prepare_windows
@@ -32,16 +35,18 @@ from allograft.recipes.base import (
     Verdict,
 )
 from allograft.recipes.blocks import describe_model
-from allograft.recipes.blueprint import build_config
+from allograft.recipes.blueprint import build_config, read_settings, tensor_shapes
 from allograft.recipes.expert import ExpertRecipe
 from allograft.recipes.export import export_merged
-from allograft.recipes.facts import ExpertFacts
+from allograft.recipes.facts import ExpertFacts, PromptFacts
 from allograft.recipes.lora import LoraRecipe
 from allograft.recipes.mixture import has_experts
 from allograft.recipes.patch import has_attachments
 from allograft.recipes.plan import ExpertPlan, LoopPlan, LoraPlan
+from allograft.recipes.prompt import PromptRecipe
 from allograft.recipes.snapshot import state_digest
 from allograft.recipes.stack import Stack, null_packet
+from allograft_client import tasks
 from allograft_client.recipient import Choice
 from kit.tiny import FAMILIES, generate, logits_of, tiny_model, tiny_tokens, tiny_windows
 
@@ -186,6 +191,33 @@ def test_texts_padded_on_the_left_go_on_as_they_do_alone(family: str, tmp_path: 
         alone = rows[number : number + 1, :length]
         said = model.generate(alone, attention_mask=torch.ones_like(alone), **plan)
         assert said[0, length:].tolist() == together[number].tolist()
+
+
+@pytest.mark.parametrize("mixing", ["ensemble", "difference"])
+def test_donors_audits_read_the_experts_own_words_whatever_its_gate_and_mixing(
+    mixing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, model = extract(tmp_path, plan=ExpertPlan("whole", mixing, gate=0.99)), stranger()
+    attachment = fit(tmp_path, made, model)
+    read: list[torch.Tensor] = []
+
+    def stop(*_args: object, **_named: object) -> None:
+        raise InterruptedError
+
+    people, loaded = SimpleNamespace(canaries=None), SimpleNamespace(model=model, tokenizer=None)
+    for name, stand_in in (
+        ("_load", lambda _task: loaded),
+        ("read_people", lambda _path: people),
+        ("_audited", lambda *_args: None),
+        ("_fit", lambda *_args: (RECIPE, attachment)),
+        ("read_all", lambda model, *_args: read.append(logits_of(model))),
+        ("Readings", stop),
+    ):
+        monkeypatch.setattr(tasks, name, stand_in)
+    with pytest.raises(InterruptedError):
+        tasks._audit({"people": "people", "claim": None}, lambda _stage: None)
+    assert torch.equal(read[0], logits_of(stranger()))
+    assert torch.equal(read[1], logits_of(twin(tmp_path, made)).log_softmax(-1))
 
 
 def test_unsure_expert_is_not_heard(tmp_path: Path) -> None:
@@ -436,8 +468,15 @@ def test_attachment_needs_nothing_but_itself(tmp_path: Path) -> None:
 
 def test_screens_see_what_an_expert_learnt_over_its_base(tmp_path: Path) -> None:
     made, model = extract(tmp_path), stranger()
-    figures = weigh_attachment(fit(tmp_path, made, model), model)
+    attachment = fit(tmp_path, made, model)
+    figures = weigh_attachment(attachment, model)
     assert figures["self_attn.q_proj.weight"].frobenius > 0
+    assert figures["model.norm.weight"].frobenius > 0
+    assert figures["lm_head.weight"].frobenius == 0
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        moved = {f"expert.{name}": attachment.tensors[f"expert.{name}"] + 1}
+        forged = replace(attachment, tensors={**attachment.tensors, **moved})
+        assert weigh_attachment(forged, model)[name].frobenius > 0
     assert not weigh_attachment(fit(tmp_path, made, model, bases=False), model)
 
 
@@ -459,15 +498,151 @@ def test_cost_is_reported_as_a_multiple_of_the_recipient_alone(tmp_path: Path) -
         {"settings": {"rms_norm_eps": True}},
         {"settings": {"max_position_embeddings": -1}},
         {"inner": {"rank": 1}},
+        *(
+            {"shape": {name: 0}}
+            for name in ("hidden", "vocab", "heads", "kv_heads", "head_dim", "intermediate")
+        ),
+        {"shape": {"heads": 3}},
+        {"shape": {"rope": '{"rope_type":"none"}'}},
+        {"shape": {"rope": '{"rope_theta":1e4,"rope_type":"default","x":1}'}},
+        {"shape": {"rope": '{"rope_theta":[1],"rope_type":"default"}'}},
+        {"shape": {"rope": '{"rope_theta":true,"rope_type":"default"}'}},
+        {"shape": {"rope": '{"factor":2,"rope_theta":0,"rope_type":"linear"}'}},
+        {"shape": {"rope": '{"rope_theta":10000,"rope_type":"linear"}'}},
+        {
+            "shape": {
+                "rope": '{"partial_rotary_factor":1000000,"rope_theta":10000,"rope_type":"default"}'
+            }
+        },
+        {
+            "shape": {
+                "rope": '{"long_factor":["x"],"original_max_position_embeddings":8,'
+                '"rope_theta":10000,"rope_type":"longrope","short_factor":[1]}'
+            }
+        },
+        {
+            "shape": {
+                "rope": '{"full_attention":{"rope_theta":10000,"rope_type":"default"}}',
+            }
+        },
     ],
 )
 def test_refuses_facts_that_no_donor_writes(changes: dict, tmp_path: Path) -> None:
-    facts = extract(tmp_path).facts
+    facts = whole_facts()
+    shape = replace(facts.shape, **changes.get("shape", {}))
     with pytest.raises(RejectedError, match=r"AG-RCP-002|AG-IN-003"):
-        replace(facts, **changes)
+        replace(facts, **{**changes, "shape": shape})
 
 
-@pytest.mark.parametrize("changes", [{"layers": 3}, {"rope": '{"rope_type":"none"}'}, {"heads": 3}])
+def whole_facts(family: str = "llama", **changes: object) -> ExpertFacts:
+    config = tiny_model(family, **changes).config
+    settings = read_settings(config)
+    shape = describe_model(config)
+    return ExpertFacts(shape, "whole", "ensemble", 0.0, "float32", settings, {})
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "linear", "factor": 2.0},
+        {"rope_type": "dynamic", "factor": 2.0},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    ],
+)
+def test_rotations_of_stock_models_are_rebuilt(rope: dict) -> None:
+    facts = whole_facts("llama", rope_parameters={"rope_theta": 10000.0, **rope})
+    assert describe_model(build_config(facts)) == facts.shape
+
+
+def test_types_of_layers_rotate_differently_in_one_family_at_one_depth() -> None:
+    facts = whole_facts("gemma3_text")
+    assert describe_model(build_config(facts)) == facts.shape
+    deeper = facts.shape.rope.replace('"rope_type":"default"', '"rope_type":{}')
+    for rope in (deeper, f'{{"other":{facts.shape.rope}}}', '{"rope_type":"default"}'):
+        with pytest.raises(RejectedError, match=r"AG-RCP-002|AG-IN-003"):
+            replace(facts, shape=replace(facts.shape, rope=rope))
+
+
+def test_facts_of_a_change_leave_no_room_for_others(tmp_path: Path) -> None:
+    facts = extract(tmp_path, plan=ExpertPlan("lora")).facts
+    for name in ("shape", "dtype"):
+        with pytest.raises(RejectedError, match="AG-RCP-002"):
+            replace(facts, inner={**facts.inner, name: {"anything": "at all"}})
+
+
+def test_refuses_buffers_that_no_payload_pays_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = build_config(whole_facts())
+    assert tensor_shapes(config)
+    hoard = nn.Module()
+    hoard.register_buffer("table", torch.empty(1 << 40, device="meta"))
+    monkeypatch.setattr(
+        "allograft.recipes.blueprint.AutoModelForCausalLM.from_config", lambda _config: hoard
+    )
+    with pytest.raises(RejectedError, match="AG-RCP-002"):
+        tensor_shapes(config)
+
+
+@pytest.mark.parametrize(
+    ("raised", "code"),
+    [
+        (RuntimeError("shapes cannot be multiplied"), "AG-RCP-002"),
+        (ValueError("x"), "AG-RCP-002"),
+        (AssertionError(), "AG-RCP-002"),
+        (MemoryError(), "AG-RCP-027"),
+        (torch.OutOfMemoryError("x"), "AG-RCP-027"),
+    ],
+)
+def test_expert_that_cannot_run_is_refused_with_a_code(
+    raised: Exception, code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, model = extract(tmp_path), stranger("gpt2")
+    attachment = fit(tmp_path, made, model, bases=False)
+
+    def fail(*_args: object, **_named: object) -> None:
+        raise raised
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", fail)
+    with pytest.raises(AllograftError, match=code):
+        RECIPE.attach(attachment, model)
+    with pytest.raises(AllograftError, match=code):
+        fit(tmp_path, made, model, bases=False)
+    assert not has_attachments(model)
+
+
+def test_whole_expert_and_the_base_at_hand_have_the_same_settings(tmp_path: Path) -> None:
+    made, model = extract(tmp_path, plan=ExpertPlan("whole", "difference")), stranger()
+    fit(tmp_path, made, model)
+    path = tmp_path / "base" / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "rms_norm_eps": 0.1}))
+    with pytest.raises(RejectedError, match="AG-RCP-010"):
+        fit(tmp_path, made, model)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gemma3_text"])
+def test_expert_follows_token_by_token_behind_a_prompt(family: str, tmp_path: Path) -> None:
+    made, model = extract(tmp_path), stranger(family)
+    shape = describe_model(model.config)
+    vectors = {"prompt_embeddings": torch.randn(5, shape.hidden)}
+    prompt = Attachment("prompt", "aa" * 16, PromptFacts(shape, 5, "float32"), vectors, dose=1.0)
+    seat = PromptRecipe().attach(prompt, model)
+    alone = logits_of(model).softmax(-1)
+    expert = replace(fit(tmp_path, made, model, bases=False), dose=0.5)
+    RECIPE.attach(expert, model)
+    theirs = logits_of(twin(tmp_path, made)).softmax(-1)
+    torch.testing.assert_close(logits_of(model).exp(), (alone + theirs) / 2)
+    assert generate(model, use_cache=True) == generate(model, use_cache=False)
+    PromptRecipe().detach(seat)
+    assert generate(model, use_cache=True) == generate(model, use_cache=False)
+
+
+@pytest.mark.parametrize("changes", [{"layers": 3}, {"intermediate": 8}, {"family": "gpt2"}])
 def test_refuses_shapes_that_contradict_settings_or_payload(changes: dict, tmp_path: Path) -> None:
     made, model = extract(tmp_path), stranger()
     wrong = replace(made, facts=replace(made.facts, shape=replace(made.facts.shape, **changes)))

@@ -41,7 +41,7 @@ _ROWS = 256  # rows of a dense change that are squared at a time
 _ENTRIES = 1 << 16  # entries of B A that its kurtosis is estimated from
 
 _LORA_STEM = re.compile(r"^.+?\.\d+\.")
-_EXPERT = re.compile(r"^expert\..*\.\d+\.(?P<name>.+)$")
+_EXPERT = re.compile(r"^expert\.(?:.*\.\d+\.)?(?P<name>.+)$")  # outside the blocks, the full name
 _ORGAN = re.compile(r"^blocks\.\d+\.(?P<name>.+)$")
 _VECTOR = re.compile(r"^blocks\.\d+\.(?P<name>.+)\.change$")
 

@@ -25,9 +25,15 @@ from allograft.recipes.facts import EXPERT_SETTINGS, ExpertFacts
 #: Beginning and end marks, which transformers would otherwise take from the family's own tokenizer.
 _MARKS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
+#: Bytes of buffers that a model may have whatever the size of its weights.
+_FREE_BUFFERS = 64 << 20
+
 _NO_CONFIG = (
-    StrictDataclassError, ValueError, TypeError, KeyError, AttributeError, ArithmeticError,
+    StrictDataclassError, ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
 )  # fmt: skip
+
+#: What building a model and running it raises where the numbers do not make one.
+NO_MODEL = (*_NO_CONFIG, RuntimeError, AssertionError)
 
 
 def read_settings(config: Any) -> dict[str, canonical.Json]:
@@ -79,12 +85,22 @@ def build_config(facts: ExpertFacts) -> Any:
 
 
 def tensor_shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    """Every weight of a model of this configuration, tied ones once; allocates nothing."""
+    """Every weight of a model of this configuration, tied ones once; allocates nothing.
+
+    Raises:
+        RejectedError: AG-RCP-002 if it is no model, or one of larger buffers than weights: they are
+            allocated too, and no payload shows their size.
+    """
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-    except (*_NO_CONFIG, RuntimeError) as error:
+    except NO_MODEL as error:
         raise RejectedError("AG-RCP-002", f"not a model: {type(error).__name__}") from error
+    weights, buffers = (
+        sum(value.nbytes for value in some) for some in (model.parameters(), model.buffers())
+    )
+    if buffers > max(weights, _FREE_BUFFERS):
+        raise RejectedError("AG-RCP-002", "the model's buffers are larger than its weights")
     return {name: tuple(value.shape) for name, value in own_parameters(model).items()}
 
 

@@ -45,10 +45,12 @@ from allograft.recipes.base import (
     load_recipe,
 )
 from allograft.recipes.blueprint import (
+    NO_MODEL,
     build_config,
     build_model,
     describe_whole,
     own_parameters,
+    read_settings,
     tensor_shapes,
 )
 from allograft.recipes.facts import ExpertFacts, check_statement
@@ -56,6 +58,7 @@ from allograft.recipes.loop import SNAPSHOT, train
 from allograft.recipes.mixture import Expert, add_expert, remove_expert, set_expert_dose
 from allograft.recipes.patch import has_attachments
 from allograft.recipes.plan import ExpertPlan, LoopPlan, LoraPlan, OrganPlan
+from allograft.recipes.shortage import memory_errors
 from allograft.recipes.snapshot import load_model
 from allograft.recipes.stack import starting_point
 
@@ -121,8 +124,9 @@ class ExpertRecipe:
         """Read an expert strictly, make it whole, and measure what its words cost.
 
         Raises:
-            RejectedError: AG-RCP-002, AG-RCP-011 or AG-RCP-014 if the facts do not fit, AG-RCP-003
-                if the tensors do not.
+            RejectedError: AG-RCP-002, AG-RCP-010, AG-RCP-011 or AG-RCP-014 if the facts do not fit,
+                AG-RCP-003 if the tensors do not.
+            UnavailableError: AG-RCP-027 if memory runs out.
         """
         facts = ExpertFacts.from_json(dict(payload.facts))
         if facts.shape.vocab != surgery.base_shape(recipient.model).vocab:
@@ -145,8 +149,9 @@ class ExpertRecipe:
         """Let an expert speak beside a model at its dose.
 
         Raises:
-            RejectedError: AG-RCP-011 for another vocabulary, AG-RCP-021 for a bad dose, AG-RCP-023
-                if it is already attached.
+            RejectedError: AG-RCP-002 if the facts make no model, AG-RCP-011 for another vocabulary,
+                AG-RCP-021 for a bad dose, AG-RCP-023 if it is already attached.
+            UnavailableError: AG-RCP-027 if memory runs out.
         """
         facts = attachment.facts
         assert isinstance(facts, ExpertFacts)
@@ -278,6 +283,12 @@ def _load_base(
     base = load_model(directory, str(recipient.model.device))
     if surgery.describe_model(base.config) != facts.shape:
         raise RejectedError("AG-RCP-010", "the expert's base has another shape than its facts say")
+    if facts.carrier == "whole":
+        # Its weights will run in the expert's configuration, in another of which they mean nothing.
+        shapes = {name: tuple(value.shape) for name, value in own_parameters(base).items()}
+        same = read_settings(base.config) == dict(facts.settings)
+        if not same or shapes != tensor_shapes(build_config(facts)):
+            raise RejectedError("AG-RCP-010", "the expert's base has other settings than it")
     return base
 
 
@@ -328,13 +339,28 @@ def _copy_weights(
 def _build(
     facts: ExpertFacts, attachment: Attachment, prefix: str, beside: PreTrainedModel
 ) -> PreTrainedModel:
-    """One of an attachment's models, in the type and place of the model it will run beside."""
+    """One of an attachment's models, in the type and place of the model it will run beside.
+
+    Raises:
+        RejectedError: AG-RCP-002 if it cannot be built, or cannot be run once it is.
+        UnavailableError: AG-RCP-027 if memory runs out.
+    """
     tensors = {
         name.removeprefix(prefix): value.to(beside.dtype)
         for name, value in attachment.tensors.items()
         if name.startswith(prefix)
     }
-    return build_model(build_config(facts), tensors).to(beside.device)
+    config = build_config(facts)
+    length = max(1, min(2, int(config.max_position_embeddings)))
+    ids = torch.zeros((1, length), dtype=torch.long, device=beside.device)
+    try:
+        with memory_errors("building the expert"), torch.no_grad():
+            model = build_model(config, tensors).to(beside.device)
+            model(input_ids=ids, use_cache=False)
+    # Numbers may make modules that do not fit each other; only running them tells.
+    except NO_MODEL as error:
+        raise RejectedError("AG-RCP-002", f"not a model: {type(error).__name__}") from error
+    return model
 
 
 def _named(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -279,6 +279,27 @@ _ACTIVATIONS = frozenset({"silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "gelu
 _MIXINGS = frozenset({"ensemble", "difference"})
 _MOST_BLOCKS = 512  # a model of more is no small expert, and building one costs time
 
+#: Kinds of rotation, and the numbers that each needs. Others hold lists or compute their own sizes.
+_ROTATIONS: Mapping[str, frozenset[str]] = {
+    "default": frozenset({"rope_theta"}),
+    "linear": frozenset({"rope_theta", "factor"}),
+    "dynamic": frozenset({"rope_theta", "factor"}),
+    "llama3": frozenset(
+        {
+            "rope_theta",
+            "factor",
+            "low_freq_factor",
+            "high_freq_factor",
+            "original_max_position_embeddings",
+        }
+    ),
+}
+_ROTATION_EXTRAS = frozenset({"partial_rotary_factor", "original_max_position_embeddings"})
+
+#: The one family whose types of layers rotate differently.
+_ROTATES_BY_TYPE = "gemma3_text"
+_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
+
 
 @dataclass(frozen=True, slots=True)
 class ExpertFacts:
@@ -305,6 +326,7 @@ class ExpertFacts:
     def __post_init__(self) -> None:
         if self.mixing not in _MIXINGS or self.dtype not in DTYPES or not 0 <= self.gate < 1:
             raise RejectedError("AG-RCP-002", "the expert's mixing, gate or dtype is unknown")
+        self._check_shape()
         if self.carrier == "whole":
             self._check_settings()
         elif self.settings:
@@ -326,10 +348,23 @@ class ExpertFacts:
         """
         if self.carrier not in {"organ", "lora"}:
             raise RejectedError("AG-RCP-002", "nothing known carries the expert")
+        if self.inner.keys() & {"shape", "dtype"}:
+            # They would be overwritten, so anything at all could stand there.
+            raise RejectedError("AG-RCP-002", "the facts of the change repeat those of the expert")
         whole = {**self.inner, "shape": self.shape.to_json(), "dtype": self.dtype}
         return read_facts(self.carrier, whole)
 
+    def _check_shape(self) -> None:
+        shape = self.shape
+        sizes = (shape.hidden, shape.layers, shape.vocab, shape.heads, shape.kv_heads)
+        if min(*sizes, shape.head_dim, shape.intermediate) < 1 or shape.sliding_window < 0:
+            raise RejectedError("AG-RCP-002", "the expert's shape has a size below 1")
+        if shape.heads % shape.kv_heads:
+            raise RejectedError("AG-RCP-002", "the expert's heads do not share keys evenly")
+
     def _check_settings(self) -> None:
+        if self.shape.rope:
+            _check_rotations(self.shape)
         for name, value in self.settings.items():
             known = EXPERT_SETTINGS.get(name)
             numeric = known is float and type(value) in {int, float}
@@ -370,6 +405,40 @@ class ExpertFacts:
             settings=canonical.as_mapping(fields["settings"]),
             inner=canonical.as_mapping(fields["inner"]),
         )
+
+
+def _check_rotations(shape: ModelShape) -> None:
+    """Refuse rotary parameters that no supported family has in stock.
+
+    They decide on sizes and types of buffers, which no payload shows.
+    """
+    rope = canonical.as_mapping(canonical.loads(shape.rope.encode()))
+    if shape.family != _ROTATES_BY_TYPE:
+        _check_rotation(rope)
+    elif not rope.keys() <= _LAYER_TYPES:
+        raise RejectedError("AG-RCP-002", "the expert rotates layers of an unknown type")
+    else:
+        for each in rope.values():
+            _check_rotation(canonical.as_mapping(each))
+
+
+def _check_rotation(rope: Mapping[str, canonical.Json]) -> None:
+    kind = rope.get("rope_type")
+    needed = _ROTATIONS.get(kind) if isinstance(kind, str) else None
+    names = rope.keys() - {"rope_type"}
+    if needed is None or not needed <= names <= needed | _ROTATION_EXTRAS:
+        raise RejectedError("AG-RCP-002", "the expert's kind of rotation is unknown")
+    values = {name: rope[name] for name in names}
+    numbers = {n: float(v) for n, v in values.items() if type(v) in {int, float}}  # type: ignore[arg-type]
+    # Written so that NaN refuses.
+    sane = numbers.keys() == values.keys() and all(0 < v <= 1e12 for v in numbers.values())
+    if not sane or not numbers.get("partial_rotary_factor", 1.0) <= 1:
+        raise RejectedError("AG-RCP-002", "the expert's rotation is out of range")
+    length = values.get("original_max_position_embeddings", 1)
+    if type(length) is not int or numbers.get("factor", 1.0) < 1:
+        raise RejectedError("AG-RCP-002", "the expert's rotation is out of range")
+    if kind == "llama3" and not numbers["low_freq_factor"] < numbers["high_freq_factor"]:
+        raise RejectedError("AG-RCP-002", "the expert's rotation is out of range")
 
 
 _GRAFTED = re.compile(r"blocks\.(\d{1,5})\.[a-z0-9_.]{1,64}")

@@ -38,6 +38,10 @@ from allograft.errors import RejectedError
 _MIXTURE = "allograft_mixture"
 _COMPANIONS = "allograft_companions"
 
+#: Where a prompt's vectors are while they are on a model's trunk: in its state, so that its digest
+#: tells.
+PROMPT_VECTORS = "allograft_prompt"
+
 #: What transformers calls a cache, since 5.24 and before.
 _CACHE_NAMES = ("cache", "past_key_values")
 
@@ -80,7 +84,7 @@ class _Mixture:
         active = {key: e for key, e in sorted(self.experts.items()) if e.dose > 0.0}
         if not active:
             return output
-        call = _Call(inputs, named, output)
+        call = _Call(inputs, named, output, _count_virtual(module))
         logits = output.logits
         for key, expert in active.items():
             logits = _mix_in(key, expert, call, logits)
@@ -96,7 +100,9 @@ class _Mixture:
 class _Call:
     """One forward pass of the recipient: what went in, and the caches of what spoke beside it."""
 
-    def __init__(self, inputs: tuple[Any, ...], named: Mapping[str, Any], output: Any) -> None:
+    def __init__(
+        self, inputs: tuple[Any, ...], named: Mapping[str, Any], output: Any, virtual: int
+    ) -> None:
         ids = inputs[0] if inputs else named.get("input_ids")
         mask = named.get("attention_mask")
         if not isinstance(ids, torch.Tensor) or not isinstance(output, ModelOutput):
@@ -107,7 +113,9 @@ class _Call:
         self.kept = named.get("logits_to_keep") or 0
         names = [name for name in _CACHE_NAMES if name in output]
         self.cache: Cache | None = output[names[0]] if names else None
-        self.seen = 0 if self.cache is None else int(self.cache.get_seq_length()) - ids.shape[1]
+        # Vectors of a prompt are in the recipient's cache, and are no tokens to an expert.
+        held = 0 if self.cache is None else int(self.cache.get_seq_length()) - virtual
+        self.seen = 0 if self.cache is None else held - ids.shape[1]
 
     def run(self, name: str, model: PreTrainedModel, most: int) -> torch.Tensor:
         """Logits of another model for the same tokens, or for the first `most` of them."""
@@ -136,6 +144,12 @@ class _Call:
         if int(cache.get_seq_length()) != self.seen:
             raise RejectedError("AG-RCP-025", "the cache began before the expert came")
         return cache
+
+
+def _count_virtual(module: nn.Module) -> int:
+    """How many vectors a prompt has before the text of a model."""
+    vectors = getattr(module.base_model, PROMPT_VECTORS, None)
+    return len(vectors) if isinstance(vectors, torch.Tensor) else 0
 
 
 def _cache_name(model: PreTrainedModel) -> str:

@@ -44,6 +44,7 @@ from allograft.recipes.base import (
 )
 from allograft.recipes.facts import PromptFacts, check_statement
 from allograft.recipes.loop import SNAPSHOT, train
+from allograft.recipes.mixture import PROMPT_VECTORS
 from allograft.recipes.patch import PROMPT_OWNER, has_attachments
 from allograft.recipes.plan import LoopPlan, PromptPlan
 
@@ -54,9 +55,6 @@ TENSOR = "prompt_embeddings"
 
 #: A prompt is there or it is not.
 PROMPT_DOSES = (1.0,)
-
-#: Where the vectors are while they are on a model; in its state, so that its digest tells.
-_VECTORS = "allograft_prompt"
 
 
 class PromptHandle:
@@ -199,9 +197,9 @@ class _Seat:
         limit = 0 if surgery.base_shape(model).rope else model.config.max_position_embeddings
         seat = cls(trunk, model.get_input_embeddings(), limit)
         if isinstance(vectors, nn.Parameter):
-            trunk.register_parameter(_VECTORS, vectors)
+            trunk.register_parameter(PROMPT_VECTORS, vectors)
         else:
-            trunk.register_buffer(_VECTORS, vectors.to(model.device, model.dtype, copy=True))
+            trunk.register_buffer(PROMPT_VECTORS, vectors.to(model.device, model.dtype, copy=True))
         seat.hooks = [
             trunk.register_forward_pre_hook(seat.before, with_kwargs=True),
             trunk.register_forward_hook(seat.after),
@@ -212,7 +210,7 @@ class _Seat:
         """Take vectors and hooks out again."""
         for hook in self.hooks:
             hook.remove()
-        delattr(self.trunk, _VECTORS)
+        delattr(self.trunk, PROMPT_VECTORS)
 
     def before(
         self, trunk: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -220,7 +218,7 @@ class _Seat:
         """Put the vectors before the tokens of a first pass; in later ones only count them."""
         given = dict(inspect.signature(trunk.forward).bind_partial(*args, **kwargs).arguments)
         given.update(given.pop("kwargs", {}))
-        vectors: torch.Tensor = getattr(trunk, _VECTORS)
+        vectors: torch.Tensor = getattr(trunk, PROMPT_VECTORS)
         count = len(vectors)
         tokens, embedded = given.pop("input_ids", None), given.get("inputs_embeds")
         if embedded is None:
