@@ -49,7 +49,7 @@ from allograft.recipes.patch import (
     Place,
     has_attachments,
     is_patched,
-    original_value,
+    original_values,
     patch,
     unpatch,
 )
@@ -412,14 +412,13 @@ class _Start:
         # A change, and an output projection that was silenced, begin as zeros.
         self._is_zero = facts.replaces
         self._silenced = frozenset(surgery.dosed_names(family, original))
-        self._original = original
+        self._values = original_values(original)
 
     def of(self, name: str) -> torch.Tensor | None:
         """A parameter at the start of training, without changes of others on it; None for zeros."""
         if self._is_zero or name in self._silenced:
             return None
-        module, _, parameter = name.rpartition(".")
-        return original_value(self._original.get_submodule(module), parameter).float()
+        return self._values[name].float()
 
 
 def _train_organ(
