@@ -383,7 +383,8 @@ def _unpack(
     What each entry began as comes from the recipient's own blocks.
 
     Raises:
-        RejectedError: AG-PKT-027 for -128, which 8 bits could hold and no donor writes.
+        RejectedError: AG-PKT-027 for -128, which 8 bits could hold and no donor writes, AG-RCP-003
+            for a negative scale.
     """
     own = _source_blocks(model, facts)
     starts = [_Start(model, facts, block) for block in own]
@@ -397,6 +398,9 @@ def _unpack(
         if bool((tensors[name] == -128).any()):
             raise RejectedError("AG-PKT-027", f"a number of {name} is not one of 8 bits")
         scale = tensors[tensor.parameter + SCALE].float() / 127.0
+        if bool((scale < 0).any()):
+            # The sign belongs to the numbers; a second place for it could hold anything.
+            raise RejectedError("AG-RCP-003", f"a scale of {tensor.parameter} is negative")
         value = tensors[name].float().mul_(scale[:, None])
         number, inner = tensor.parameter.split(".", 2)[1:]
         began = starts[int(number)].of(inner)
