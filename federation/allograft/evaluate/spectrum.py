@@ -133,7 +133,7 @@ def _weigh_factors(
     rows = torch.randint(len(b), (_ENTRIES,), generator=generator)
     columns = torch.randint(a.shape[1], (_ENTRIES,), generator=generator)
     step = max(1, _PRODUCTS // len(a))
-    pairs = zip(rows.split(step), columns.split(step), strict=True)
+    pairs = zip(torch.split(rows, step), torch.split(columns, step), strict=True)
     entries = torch.cat([(b[row] * a.T[column]).sum(dim=1) for row, column in pairs])
     figures = _figures(
         values, float((values**2).sum()), len(values), _moments(entries, len(entries))
