@@ -207,7 +207,11 @@ class _Donation:
         extra: dict[str, Any] = {"workdir": str(work), "plan": self._plan.training_json()}
         if self._plan.tuned:
             tuned = self._site.store.model(self._plan.tuned)
-            extra |= {"tuned": str(tuned.path), "stage": self._plan.stage}
+            extra |= {
+                "tuned": str(tuned.path),
+                "tuned_digest": model_base(tuned).weights_digest,
+                "stage": self._plan.stage,
+            }
         result = self._run("train", extra)
         return {**result, "started": started, "finished": now_text()}
 

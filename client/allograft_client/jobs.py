@@ -335,6 +335,7 @@ def _compose(site: Site, job: JobRow) -> dict[str, Any]:
     return {
         "task": job.kind,
         "model": str(model.path),
+        "model_digest": model_base(model).weights_digest,
         "device": site.settings.device,
         "stack": [str(entry.path) for entry in stack],
         "data": str(model.data),

@@ -160,6 +160,8 @@ def _train(task: Task, tell: Tell) -> dict[str, Any]:
     workdir = Path(_text(task, "workdir"))
     plan = _read_plan(canonical.as_mapping(task["plan"]))
     tuned = Path(_text(task, "tuned")) if "tuned" in task else None
+    if tuned is not None:
+        _check_weights(tuned, canonical.as_sha256(task["tuned_digest"]))
     if tuned is not None and isinstance(plan.recipe, DeltaPlan):
         return _compare(task, workdir, plan.recipe, tuned)
     loaded = _load(task)
@@ -569,12 +571,22 @@ def _load(task: Task) -> _Loaded:
     """
     path = Path(_text(task, "model"))
     added = task.get("model_digest")  # a model that is being added has none yet
-    if added is not None and digest_weights(path) != added:
-        raise RejectedError("AG-RCP-028", path.name)
+    if added is not None:
+        _check_weights(path, canonical.as_sha256(added))
     device = _text(task, "device")
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     return _Loaded(path, load_model(path, device), load_tokenizer(path))
+
+
+def _check_weights(path: Path, added: str) -> None:
+    """Refuse a model that is no longer the one that was added.
+
+    Raises:
+        RejectedError: AG-RCP-028.
+    """
+    if digest_weights(path) != added:
+        raise RejectedError("AG-RCP-028", path.name)
 
 
 def _load_stack(task: Task, loaded: _Loaded) -> Stack:

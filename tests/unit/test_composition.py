@@ -10,10 +10,13 @@ from allograft.errors import RejectedError
 from allograft.evaluate.bootstrap import Resampling
 from allograft.evaluate.gate import GateRules
 from allograft.evaluate.scales import ScalePlan, learn_scales
-from allograft.evaluate.trial import OwnText
+from allograft.evaluate.trial import OwnText, TrialStep
+from allograft.recipes import blocks
 from allograft.recipes.base import Attachment, Donor, Payload, Plan, Recipient
+from allograft.recipes.facts import PromptFacts
 from allograft.recipes.lora import LoraRecipe
 from allograft.recipes.plan import LoopPlan, LoraPlan
+from allograft.recipes.prompt import PROMPT_DOSES, TENSOR
 from allograft.recipes.router import BASE, Router
 from allograft.recipes.snapshot import state_digest
 from allograft.recipes.stack import Stack
@@ -199,3 +202,21 @@ def test_no_doses_are_accepted_that_the_gate_would_refuse(made: tuple[Attachment
     bound = learn_scales(stacked(made, 0.25, 1.0), Numbers(), text, plan(-1.0))
     assert bound.learnt == bound.present
     assert not bound.accepted
+
+
+def test_a_prompt_beside_others_is_tried_at_the_doses_that_it_takes(
+    made: tuple[Attachment, ...],
+) -> None:
+    shape = blocks.base_shape(tiny_model("llama"))
+    vectors = 0.02 * torch.randn(2, shape.hidden, generator=torch.Generator().manual_seed(5))
+    facts = PromptFacts(shape, 2, "float32")
+    prompt = Attachment("prompt", "c" * 32, facts, {TENSOR: vectors}, doses=PROMPT_DOSES)
+    stack = Stack(tiny_model("llama"))
+    stack.attach_all([replace(made[0], dose=0.25), prompt])
+    steps: list[TrialStep] = []
+    text = OwnText(texts(counting(1)), noise())
+    found = learn_scales(stack, Numbers(), text, replace(plan(9.0), rounds=1), steps.append)
+    tried = [step.what.split()[1:] for step in steps]
+    assert {doses[0] for doses in tried} == {"0", "0.25", "0.5", "0.75", "1"}
+    assert {doses[1] for doses in tried} == {"0", "1"}
+    assert found.learnt["c" * 32] in {0.0, 1.0}

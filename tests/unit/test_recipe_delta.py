@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from allograft.errors import RejectedError, UnavailableError
+from allograft.evaluate import spectrum
 from allograft.evaluate.spectrum import weigh_attachment
 from allograft.packet.delta import EMBEDDING, DeltaLayout
 from allograft.privacy.dp import DpConstants
 from allograft.provenance.lineage import digest_weights
-from allograft.recipes import patch
+from allograft.recipes import factors, patch
 from allograft.recipes.attachment import load_attachment, save_attachment
 from allograft.recipes.base import (
     Attachment,
@@ -32,6 +34,7 @@ from allograft.recipes.blocks import describe_model
 from allograft.recipes.delta import (
     PAYLOAD,
     DeltaRecipe,
+    PackedChange,
     delta_places,
     extract_difference,
     packed_directions,
@@ -450,6 +453,29 @@ def test_no_dense_change_of_a_whole_matrix_is_made(
         torch.testing.assert_close(value, model.state_dict()[name], rtol=1e-5, atol=1e-6)
 
 
+def test_a_write_unpacks_the_right_factor_once_and_lets_it_go(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    generator = torch.Generator().manual_seed(1)
+    matrix = nn.Linear(16, 30, bias=False)
+    before = matrix.weight.detach().clone()
+    packed = factors.pack(factors.decompose(torch.randn(30, 16, generator=generator)), (2, 3))
+    left, right = factors.unpack(packed, 30, 16)
+    change = PackedChange(packed, (30, 16), 0.5)
+    calls: list[object] = []
+    unpack_right = factors.unpack_right
+    monkeypatch.setattr(
+        factors, "unpack_right", lambda *given: (calls.append(given), unpack_right(*given))[1]
+    )
+    monkeypatch.setattr(patch, "_BLOCK_ENTRIES", 16 * 7)
+    for times in (1, 2):
+        patch.patch([(matrix, "weight", change)], "owner")
+        assert len(calls) == times
+        assert not change._held
+    after = before.addmm(left.T, right, alpha=0.5)
+    torch.testing.assert_close(matrix.weight.detach(), after, rtol=1e-6, atol=1e-7)
+
+
 def test_a_private_delta_trains_and_puts_the_base_back(tmp_path: Path) -> None:
     model = tiny_model("llama")
     digest = state_digest(model)
@@ -523,6 +549,27 @@ def test_the_screens_see_what_the_change_is(tmp_path: Path) -> None:
         tops = [float(torch.linalg.matrix_norm(c.reshape(len(c), -1), 2)) for c in changes]
         assert found.sigma == pytest.approx(max(tops), rel=1e-2)
     assert {"embedding", "attn.c_attn.weight", "ln_1.bias"} <= figures.keys()
+
+
+def test_products_of_factors_are_formed_in_parts_with_the_same_figures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model("llama")
+    attachment = fit(model, tmp_path, extract(model, tmp_path))
+    figures = weigh_attachment(attachment, model, seed=2)
+    sizes: list[int] = []
+    take = torch.Tensor.__getitem__
+
+    def watched(self: torch.Tensor, index: object) -> torch.Tensor:
+        found = take(self, index)
+        if isinstance(index, torch.Tensor):
+            sizes.append(found.numel())
+        return found
+
+    monkeypatch.setattr(torch.Tensor, "__getitem__", watched)
+    monkeypatch.setattr(spectrum, "_PRODUCTS", 100_000)
+    assert weigh_attachment(attachment, model, seed=2) == figures
+    assert 50_000 < max(sizes) <= 100_000
 
 
 @pytest.mark.parametrize("family", ["gpt2", "qwen3"])

@@ -16,6 +16,8 @@ from allograft.recipes.factors import (
     pack,
     squared_norm,
     unpack,
+    unpack_left,
+    unpack_right,
 )
 
 
@@ -127,3 +129,12 @@ def test_noise_has_the_norm_and_the_form_of_the_change() -> None:
         n: (v.shape, v.dtype) for n, v in noise.items()
     }
     assert not torch.equal(noise["int8"], packed["int8"])
+
+
+@pytest.mark.parametrize("ranks", [(3, 0), (0, 3), (1, 2)])
+def test_parts_of_a_factor_are_those_of_the_whole(ranks: tuple[int, int]) -> None:
+    packed = pack(decompose(matrix(13, 10, 2)), ranks)
+    left, right = unpack(packed, 13, 10)
+    assert torch.equal(unpack_right(packed, 13, 10), right)
+    for first, last in ((0, 13), (0, 5), (5, 10), (10, 13), (12, 13)):
+        assert torch.equal(unpack_left(packed, first, last), left[:, first:last])

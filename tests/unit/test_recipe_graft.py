@@ -258,7 +258,10 @@ def test_the_egress_guard_knows_exactly_the_tensors_of_a_graft(family: str, tmp_
     others = allow_list("module_graft", fewer.to_json(), base)
     with pytest.raises(RejectedError, match="AG-PRV-040"):
         rebuild_file(made.files[0], tmp_path / "out" / "x.safetensors", others)
-    for module in ("blocks.9.mlp.c_fc", "blocks.0.ln_1", "blocks.0.input_layernorm", "wte"):
+    number, stem = made.facts.modules[0].split(".", 2)[1:]
+    respelt = [f"blocks.0{number}.{stem}", f"blocks.{chr(0x660 + int(number))}.{stem}"]
+    unknown = ["blocks.9.mlp.c_fc", "blocks.0.ln_1", "blocks.0.input_layernorm", "wte"]
+    for module in respelt + unknown:
         with pytest.raises(RejectedError, match="AG-PRV-040"):
             allow_list("module_graft", {"modules": [module]}, base)
 
@@ -308,7 +311,8 @@ def graft_facts() -> ModuleGraftFacts:
     [
         {"modules": ["blocks.4.mlp.up_proj"]}, {"modules": []}, {"modules": [LAST, LAST]},
         {"modules": ["lm_head"]}, {"scores": []}, {"scores": [-1.0]}, {"ranking": "best"},
-        {"source": "found"}, {"dtype": "int8"}, {"scores": [0.5, 0.5]},
+        {"source": "found"}, {"dtype": "int8"}, {"scores": [0.5, 0.5]}, {"scores": [0.1234]},
+        {"modules": [LAST.replace("3", "03")]}, {"modules": [LAST.replace("3", "\u0663")]},
     ],
 )  # fmt: skip
 def test_refuses_facts_that_contradict_each_other(change: dict) -> None:

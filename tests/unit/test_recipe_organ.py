@@ -470,7 +470,7 @@ def test_eight_bits_are_read_against_the_base_whatever_is_attached(tmp_path: Pat
     assert all(torch.equal(value, again.tensors[name]) for name, value in plain.tensors.items())
 
 
-@pytest.mark.parametrize("how", ["range", "type", "scale"])
+@pytest.mark.parametrize("how", ["range", "type", "scale", "sign"])
 def test_refuses_eight_bits_that_do_not_fit(how: str, tmp_path: Path) -> None:
     model = tiny_model("llama")
     made = extract(model, tmp_path, OrganPlan(1, wire_bits=8))
@@ -481,6 +481,9 @@ def test_refuses_eight_bits_that_do_not_fit(how: str, tmp_path: Path) -> None:
         tensors[f"{name}.int8"][0, 0] = -128
     elif how == "type":
         tensors[f"{name}.int8"] = tensors[f"{name}.int8"].to(torch.float32)
+    elif how == "sign":  # the same change, said in another way
+        tensors[f"{name}.int8"][0] *= -1
+        tensors[f"{name}.scale"][0] *= -1
     else:
         tensors[f"{name}.scale"] = tensors[f"{name}.scale"][1:].contiguous()
     save_file(tensors, path)

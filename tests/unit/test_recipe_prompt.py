@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import DynamicCache
 
-from allograft.errors import RejectedError
+from allograft.errors import RejectedError, UnavailableError
 from allograft.evaluate.spectrum import weigh_attachment
 from allograft.privacy.dp import DpConstants
 from allograft.privacy.egress import rebuild_file
@@ -208,6 +208,42 @@ def test_two_prompts_on_one_model_are_refused() -> None:
         RECIPE.attach(untrained(model, packet_id="01" * 16), model)
     RECIPE.detach(handle)
     assert state_digest(model) == digest
+
+
+def test_memory_that_runs_out_leaves_the_model_and_the_dose_as_they_were(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model("llama")
+    plain = state_digest(model)
+    move = torch.Tensor.to
+
+    def failing(self: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
+        if options.get("copy"):
+            raise torch.OutOfMemoryError
+        return move(self, *args, **options)
+
+    prompt = untrained(model)
+    with monkeypatch.context() as full:
+        full.setattr(torch.Tensor, "to", failing)
+        with pytest.raises(UnavailableError, match="AG-RCP-027"):
+            RECIPE.attach(prompt, model)
+    assert state_digest(model) == plain
+    assert not has_attachments(model)
+    handle = RECIPE.attach(prompt, model)
+    whole = state_digest(model)
+    with monkeypatch.context() as full:
+        full.setattr(torch.Tensor, "to", failing)
+        handle.set_dose(1.0)  # needs none
+        assert state_digest(model) == whole
+        handle.set_dose(0.0)
+        with pytest.raises(UnavailableError, match="AG-RCP-027"):
+            handle.set_dose(1.0)
+    assert state_digest(model) == plain
+    assert handle.attachment.dose == 0.0
+    handle.set_dose(1.0)
+    assert state_digest(model) == whole
+    RECIPE.detach(handle)
+    assert state_digest(model) == plain
 
 
 def test_a_prompt_stands_before_other_attachments_in_any_order(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from allograft.recipes.base import (
 from allograft.recipes.export import CONTENTS_NAME, Source, export_merged, export_peft
 from allograft.recipes.plan import LoopPlan, LoraPlan, OrganPlan
 from allograft.recipes.snapshot import state_digest
-from allograft.recipes.stack import Stack, null_packet, stack_digest
+from allograft.recipes.stack import Stack, null_packet, stack_digest, starting_point
 from kit.tiny import (
     FAMILIES,
     LAYERS,
@@ -175,6 +175,22 @@ def test_null_organ_moves_as_far_from_its_start_as_the_organ(family: str, tmp_pa
     assert all(torch.equal(v, again.tensors[n]) for n, v in null.tensors.items())
     other = null_packet(organ, model, seed=4)
     assert any(not torch.equal(v, other.tensors[n]) for n, v in null.tensors.items())
+
+
+def test_an_organ_is_measured_against_the_base_whatever_else_is_on_the_model(
+    three: tuple[Attachment, ...],
+) -> None:
+    model = tiny_model("gemma3_text")
+    organ = three[0]
+    start, null = starting_point(organ, model), null_packet(organ, model, seed=0)
+    # Changes the very blocks that the organ began as copies of.
+    Stack(model).attach(three[1])
+    names = [name for name, value in start.items() if value.norm() > 0]
+    assert names
+    for name, value in starting_point(organ, model).items():
+        assert torch.equal(value, start[name])
+    for name, value in null_packet(organ, model, seed=0).tensors.items():
+        assert torch.equal(value, null.tensors[name])
 
 
 def test_null_attaches_and_detaches_like_the_packet(three: tuple[Attachment, ...]) -> None:

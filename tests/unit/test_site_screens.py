@@ -10,10 +10,12 @@ from allograft.errors import RejectedError
 from allograft.privacy.policy import parse_policy
 from allograft.provenance.ancestry import FILE_NAME, Ancestor, Ancestry
 from allograft.provenance.statement import Licence, Parent
+from allograft.recipes.plan import DeltaPlan
 from allograft_client import donor, jobs, screens
 from allograft_client.main_model import describe_model
 from allograft_client.main_packet import describe_packet
-from kit.consortium import POLICY, Consortium
+from allograft_client.site import model_base
+from kit.consortium import POLICY, Consortium, write_model
 
 A, B = "hospital-a", "hospital-b"
 NO_KEEP = POLICY.replace("automatic_keep = true", "automatic_keep = false")
@@ -397,6 +399,36 @@ def test_refuses_a_malformed_record_of_parents(content):
 def test_a_record_of_parents_survives_its_file():
     whole = Ancestry("0" * 64, (Ancestor(Parent("1" * 32, "2" * 64), CLEAN),))
     assert Ancestry.from_bytes(whole.to_bytes()) == whole
+
+
+def test_every_task_names_the_digest_under_which_its_model_was_added(site_pair):
+    """Or a worker would go on with weights that were edited since."""
+    two = site_pair()
+    arrive(two)
+    for kind in ("scale", "route", "screen", "revert"):
+        (subject,) = [entry.packet_id for entry in two[B].site.store.attachments("base")]
+        ask(two, kind, subject if kind == "revert" else "base")
+    for task in two[B].runner.tasks:
+        added = task["task"] == "describe"
+        digest = model_base(two[B].site.store.model("base")).weights_digest
+        assert added or task["model_digest"] == digest
+    assert {"scale", "route", "screen", "revert", "try"} <= {t["task"] for t in two[B].runner.tasks}
+
+
+def test_a_donation_from_a_snapshot_names_the_digest_under_which_it_was_added(site_pair, tmp_path):
+    two = site_pair(hospital_a=POLICY.replace('kinds = ["organ"]', 'kinds = ["organ", "delta"]', 1))
+    path = tmp_path / "tuned"
+    write_model(path, seed=4)
+    texts = {"data": "data.txt", "retention": "general.txt"}
+    two[A].site.store.add_job("heavy", "add-model", "tuned", {"path": str(path), **texts})
+    two.step()
+    two[A].runner.errors = {"train": RejectedError("AG-RCP-028", "tuned")}
+    plan = two[A].plan(kind="delta", recipe=DeltaPlan(), tuned="tuned", stage="post-sft")
+    donor.plan_donation(two[A].site, plan)
+    two.step()
+    (task,) = two[A].runner.done("train")
+    assert task["tuned_digest"] == model_base(two[A].site.store.model("tuned")).weights_digest
+    assert task["tuned_digest"] != task["model_digest"]
 
 
 def test_purpose_is_text_and_retention_a_date_that_is_enforced(site_pair, monkeypatch):

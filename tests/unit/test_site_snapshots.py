@@ -69,6 +69,7 @@ def test_a_worker_compares_two_directories_and_trains_nothing(tmp_path: Path) ->
         "workdir": str(tmp_path / "work"),
         "plan": {**OPEN.training_json()},
         "tuned": str(tmp_path / "tuned"),
+        "tuned_digest": digest_weights(tmp_path / "tuned"),
         "stage": "post-sft",
         "base_digest": digest_weights(tmp_path / "base"),
     }
@@ -82,3 +83,8 @@ def test_a_worker_compares_two_directories_and_trains_nothing(tmp_path: Path) ->
     assert result["report"]["energy_kept"] > 0.999
     with pytest.raises(RejectedError, match="AG-RCP-012"):
         perform({**task, "base_digest": "0" * 64}, stages.append)
+    with torch.no_grad():
+        tuned.model.layers[1].mlp.up_proj.weight.add_(0.1)
+    tuned.save_pretrained(tmp_path / "tuned")
+    with pytest.raises(RejectedError, match="AG-RCP-028"):  # edited after it was added
+        perform(task, stages.append)

@@ -19,9 +19,11 @@ from allograft.evaluate.bootstrap import Interval, Losses, paired_gain
 from allograft.evaluate.gate import GateRules, check_documents
 from allograft.evaluate.loss import Prepared, Scoring, measure, prepare
 from allograft.evaluate.trial import OwnText, TrialStep, split_text
+from allograft.recipes.base import DOSES
 from allograft.recipes.stack import Stack
 
-#: Doses that are tried for each attachment, besides its present one. At 0 it would be as absent.
+#: Doses that are tried for an attachment that takes any, besides its present one. At 0 it would be
+#: as absent.
 GRID = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 Doses = tuple[float, ...]
@@ -111,6 +113,11 @@ class _Search:
         self._ids = tuple(entry.attachment_id for entry in stack.attachments)
         self.present: Doses = tuple(entry.dose for entry in stack.attachments)
         self._plain: Doses = (0.0,) * len(self._ids)
+        # A kind with doses of its own, such as a prompt, refuses those between.
+        self._grids: tuple[Doses, ...] = tuple(
+            plan.grid if entry.doses == DOSES else (0.0, *entry.doses)
+            for entry in stack.attachments
+        )
         halves = (*split_text(text.domain, plan.seed), *split_text(text.retention, plan.seed))
         names = ("selection", "test", "retention selection", "retention")
         counts = [(name, len(half)) for name, half in zip(names, halves, strict=True)]
@@ -124,8 +131,8 @@ class _Search:
         best = self.present
         for _ in range(self._plan.rounds):
             before = best
-            for place in range(len(self._ids)):
-                tried = {(*best[:place], d, *best[place + 1 :]) for d in self._plan.grid}
+            for place, grid in enumerate(self._grids):
+                tried = {(*best[:place], d, *best[place + 1 :]) for d in grid}
                 # What stands is among them, whatever it costs; of equals the smaller change wins.
                 order = sorted(tried | {best}, key=lambda d: (self._loss(d), sum(d), d))
                 best = next(d for d in order if d == best or self._is_harmless(d))
@@ -184,7 +191,7 @@ class _Search:
         place = (doses, id(documents))
         if place not in self._found:
             if self._progress is not None:
-                most = 1 + self._plan.rounds * len(self._ids) * len(self._plan.grid)
+                most = 1 + self._plan.rounds * sum(len(grid) for grid in self._grids)
                 what = "doses " + " ".join(f"{dose:g}" for dose in doses)
                 done = len({found for found, _ in self._found})
                 self._progress(TrialStep(min(done, most), most, what))

@@ -39,6 +39,7 @@ _OVERSAMPLE = 8
 _POWER_PASSES = 2
 _ROWS = 256  # rows of a dense change that are squared at a time
 _ENTRIES = 1 << 16  # entries of B A that its kurtosis is estimated from
+_PRODUCTS = 1 << 22  # products of factors that are held at a time, 32 MiB in double precision
 
 _LORA_STEM = re.compile(r"^.+?\.\d+\.")
 _EXPERT = re.compile(r"^expert\.(?:.*\.\d+\.)?(?P<name>.+)$")  # outside the blocks, the full name
@@ -131,8 +132,9 @@ def _weigh_factors(
     values = torch.linalg.svdvals(small)
     rows = torch.randint(len(b), (_ENTRIES,), generator=generator)
     columns = torch.randint(a.shape[1], (_ENTRIES,), generator=generator)
-    # At most rank x 2^16 numbers at a time, whatever the size of the matrix.
-    entries = (b[rows] * a.T[columns]).sum(dim=1)
+    step = max(1, _PRODUCTS // len(a))
+    pairs = zip(torch.split(rows, step), torch.split(columns, step), strict=True)
+    entries = torch.cat([(b[row] * a.T[column]).sum(dim=1) for row, column in pairs])
     figures = _figures(
         values, float((values**2).sum()), len(values), _moments(entries, len(entries))
     )

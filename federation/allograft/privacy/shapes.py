@@ -42,7 +42,8 @@ _HEAD = "lm_head.weight"
 _OTHER = re.compile(
     r"(?:.+\.)?((?:embed_tokens|wte|wpe|norm)\.weight|ln_f\.(?:weight|bias)|lm_head\.weight)"
 )
-_GRAFTED = re.compile(r"blocks\.(\d{1,5})\.([a-z0-9_.]{1,64})")
+# One spelling of each number: of two the choice could carry a message.
+_GRAFTED = re.compile(r"blocks\.(0|[1-9][0-9]{0,4})\.([a-z0-9_.]{1,64})")
 _GAIN = re.compile(r"(?:.+\.)?(?:[a-z_]*norm|ln_[\df])\.weight")
 _CONFIG_BYTES = 1 << 20
 

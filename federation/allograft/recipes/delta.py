@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -57,20 +57,28 @@ _INTEGERS = {"I8": torch.int8, "U8": torch.uint8}
 class PackedChange:
     """scale · the sum of the packed directions of one matrix, which stay packed.
 
-    A block of rows at a time is turned into floats, so that an attachment takes the space of its
-    payload and a matrix of any size the space of one block.
+    While a matrix is written, block of rows by block of rows from its first, the right factor is
+    held as floats, and of the left one the part for one block. Afterwards an attachment takes the
+    space of its payload again.
     """
 
     packed: Mapping[str, torch.Tensor]
     shape: tuple[int, ...]
     scale: float
+    _held: list[torch.Tensor] = field(default_factory=list, init=False, repr=False)
 
     def add_to(self, rows: torch.Tensor, original: torch.Tensor, first: int) -> None:
         """See `patch.Change`."""
         del original
-        left, right = factors.unpack(self.packed, *self.shape)
-        part = left[:, first : first + len(rows)].T.to(rows.device)
-        rows.addmm_(part, right.to(rows.device), alpha=self.scale)
+        count, last = self.shape[0], first + len(rows)
+        if first == 0:
+            self._held.clear()  # of a write that failed in the middle
+        right = self._held.pop() if self._held else factors.unpack_right(self.packed, *self.shape)
+        right = right.to(rows.device)
+        left = factors.unpack_left(self.packed, first, last)
+        rows.addmm_(left.T.to(rows.device), right, alpha=self.scale)
+        if last < count:
+            self._held.append(right)
 
 
 class DeltaHandle:

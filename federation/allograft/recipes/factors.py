@@ -137,14 +137,17 @@ def unpack(
     packed: Mapping[str, torch.Tensor], rows: int, columns: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Float32 factors [rank, rows], scaled, and [rank, columns], from what `pack` returned."""
-    numbers = []
-    if "int8" in packed:
-        numbers.append(packed["int8"].to(torch.float32) / 127)
-    if "int4" in packed:
-        numbers.append(_split_halves(packed["int4"], rows + columns).to(torch.float32) / 7)
-    whole = torch.cat(numbers)
-    scaled = whole[:, :rows] * packed["scale"].to(torch.float32)[:, None]
-    return scaled, whole[:, rows:]
+    return unpack_left(packed, 0, rows), unpack_right(packed, rows, columns)
+
+
+def unpack_left(packed: Mapping[str, torch.Tensor], first: int, last: int) -> torch.Tensor:
+    """The part of `unpack`'s first factor for some rows, without turning the rest into floats."""
+    return _unpack_part(packed, first, last) * packed["scale"].to(torch.float32)[:, None]
+
+
+def unpack_right(packed: Mapping[str, torch.Tensor], rows: int, columns: int) -> torch.Tensor:
+    """The second factor of `unpack`, without the first."""
+    return _unpack_part(packed, rows, rows + columns)
 
 
 def squared_norm(left: torch.Tensor, right: torch.Tensor) -> float:
@@ -201,6 +204,19 @@ def _round(rows: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
     return best.to(torch.int8), fit
 
 
+def _unpack_part(packed: Mapping[str, torch.Tensor], first: int, last: int) -> torch.Tensor:
+    """Some of each direction's numbers as floats of at most one, [rank, last - first]."""
+    numbers = []
+    if "int8" in packed:
+        numbers.append(packed["int8"][:, first:last].to(torch.float32) / 127)
+    if "int4" in packed:
+        # Two numbers to a byte: the part may begin in the middle of one.
+        halves = _split_halves(packed["int4"][:, first // 2 : (last + 1) // 2])
+        skipped = first % 2
+        numbers.append(halves[:, skipped : skipped + last - first].to(torch.float32) / 7)
+    return torch.cat(numbers)
+
+
 def _join_halves(numbers: torch.Tensor) -> torch.Tensor:
     if numbers.shape[1] % 2:
         numbers = torch.nn.functional.pad(numbers, (0, 1))
@@ -208,7 +224,7 @@ def _join_halves(numbers: torch.Tensor) -> torch.Tensor:
     return bits[:, ::2] | (bits[:, 1::2] << 4)
 
 
-def _split_halves(packed: torch.Tensor, width: int) -> torch.Tensor:
-    halves = torch.stack([packed & 0x0F, packed >> 4], dim=2).flatten(1)[:, :width]
+def _split_halves(packed: torch.Tensor) -> torch.Tensor:
+    halves = torch.stack([packed & 0x0F, packed >> 4], dim=2).flatten(1)
     numbers = halves.to(torch.int8)
     return torch.where(numbers > 7, numbers - 16, numbers)

@@ -441,7 +441,8 @@ def _check_rotation(rope: Mapping[str, canonical.Json]) -> None:
         raise RejectedError("AG-RCP-002", "the expert's rotation is out of range")
 
 
-_GRAFTED = re.compile(r"blocks\.(\d{1,5})\.[a-z0-9_.]{1,64}")
+# One spelling of each number: of two the choice could carry a message.
+_GRAFTED = re.compile(r"blocks\.(0|[1-9][0-9]{0,4})\.[a-z0-9_.]{1,64}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -472,8 +473,9 @@ class ModuleGraftFacts:
         inside = all(match and int(match[1]) < self.shape.layers for match in found)
         if not found or not inside or len(set(self.modules)) != len(found):
             raise RejectedError("AG-RCP-002", "the graft's modules are none of its base")
-        # Written so that NaN refuses.
-        ranked = len(self.scores) == len(found) and all(0 <= s < math.inf for s in self.scores)
+        # Written so that NaN refuses; digits that no rank needs could carry a message.
+        short = all(0 <= s < math.inf and s == float(f"{s:.3g}") for s in self.scores)
+        ranked = len(self.scores) == len(found) and short
         known = self.ranking in RANKINGS and self.source in {"trained", "snapshot"}
         if not ranked or not known or self.dtype not in DTYPES:
             raise RejectedError("AG-RCP-002", "the graft's scores, ranking or dtype are unknown")

@@ -49,7 +49,7 @@ from allograft.recipes.patch import (
     Place,
     has_attachments,
     is_patched,
-    original_value,
+    original_values,
     patch,
     unpatch,
 )
@@ -384,7 +384,8 @@ def _unpack(
     What each entry began as comes from the recipient's own blocks.
 
     Raises:
-        RejectedError: AG-PKT-027 for -128, which 8 bits could hold and no donor writes.
+        RejectedError: AG-PKT-027 for -128, which 8 bits could hold and no donor writes, AG-RCP-003
+            for a negative scale.
     """
     own = _source_blocks(model, facts)
     starts = [_Start(model, facts, block) for block in own]
@@ -398,6 +399,9 @@ def _unpack(
         if bool((tensors[name] == -128).any()):
             raise RejectedError("AG-PKT-027", f"a number of {name} is not one of 8 bits")
         scale = tensors[tensor.parameter + SCALE].float() / 127.0
+        if bool((scale < 0).any()):
+            # The sign belongs to the numbers; a second place for it could hold anything.
+            raise RejectedError("AG-RCP-003", f"a scale of {tensor.parameter} is negative")
         value = tensors[name].float().mul_(scale[:, None])
         number, inner = tensor.parameter.split(".", 2)[1:]
         began = starts[int(number)].of(inner)
@@ -413,14 +417,13 @@ class _Start:
         # A change, and an output projection that was silenced, begin as zeros.
         self._is_zero = facts.replaces
         self._silenced = frozenset(surgery.dosed_names(family, original))
-        self._original = original
+        self._values = original_values(original)
 
     def of(self, name: str) -> torch.Tensor | None:
         """A parameter at the start of training, without changes of others on it; None for zeros."""
         if self._is_zero or name in self._silenced:
             return None
-        module, _, parameter = name.rpartition(".")
-        return original_value(self._original.get_submodule(module), parameter).float()
+        return self._values[name].float()
 
 
 def _train_organ(

@@ -190,6 +190,15 @@ def original_value(module: nn.Module, name: str = "weight") -> torch.Tensor:
     return _parameter(module, name).detach() if patches is None else patches.original
 
 
+def original_values(block: nn.Module) -> dict[str, torch.Tensor]:
+    """All parameters of a block as they are without any change on them; not copies."""
+    found = {}
+    for name, _ in block.named_parameters():
+        module, _, parameter = name.rpartition(".")
+        found[name] = original_value(block.get_submodule(module), parameter)
+    return found
+
+
 def walk_rows(tensor: torch.Tensor) -> Iterator[tuple[int, torch.Tensor]]:
     """Blocks of rows of a tensor in float32, each with the number of its first row."""
     step = max(1, _BLOCK_ENTRIES * len(tensor) // max(tensor.numel(), 1))

@@ -47,6 +47,7 @@ from allograft.recipes.loop import SNAPSHOT, train
 from allograft.recipes.mixture import PROMPT_VECTORS
 from allograft.recipes.patch import PROMPT_OWNER, has_attachments
 from allograft.recipes.plan import LoopPlan, PromptPlan
+from allograft.recipes.shortage import memory_errors
 
 PAYLOAD = "prompt.safetensors"
 
@@ -60,25 +61,29 @@ PROMPT_DOSES = (1.0,)
 class PromptHandle:
     """A prompt at work: vectors before the text of a model."""
 
-    def __init__(self, attachment: Attachment, model: PreTrainedModel) -> None:
+    def __init__(
+        self, attachment: Attachment, model: PreTrainedModel, seat: _Seat | None = None
+    ) -> None:
         self.attachment = attachment
         self.model = model
-        self.seat: _Seat | None = None
+        self.seat = seat
 
     def set_dose(self, dose: float) -> None:
         """Put the vectors before the text, or take them away.
 
         Raises:
             RejectedError: AG-RCP-021 unless the dose is 0 or 1, AG-RCP-023 after detaching.
+            UnavailableError: AG-RCP-027 if memory runs out; the dose is then as before.
         """
         if _owner_of(self.model) != self.attachment.attachment_id:
             raise RejectedError("AG-RCP-023", "the attachment is not on this model")
         _check_dose(dose)
-        if self.seat is not None:
+        # Vectors that are there stay: they are the same at every dose that has any.
+        if dose == 1.0 and self.seat is None:
+            self.seat = _take_seat(self.model, self.attachment)
+        elif dose == 0.0 and self.seat is not None:
             self.seat.leave()
             self.seat = None
-        if dose == 1.0:
-            self.seat = _Seat.take(self.model, self.attachment.tensors[TENSOR])
         self.attachment = replace(self.attachment, dose=dose)
 
 
@@ -136,6 +141,7 @@ class PromptRecipe:
         Raises:
             RejectedError: AG-RCP-010 for another model, AG-RCP-021 unless the dose is 0 or 1,
                 AG-RCP-023 if it is already attached, AG-RCP-036 if another prompt is.
+            UnavailableError: AG-RCP-027 if memory runs out; the model is then as before.
         """
         if surgery.base_shape(model) != attachment.facts.shape:
             raise RejectedError("AG-RCP-010", "the prompt was made on a model of another shape")
@@ -146,10 +152,9 @@ class PromptRecipe:
         if owner:
             # Both were trained to be the first thing before the text.
             raise RejectedError("AG-RCP-036", "another prompt is on this model")
+        seat = _take_seat(model, attachment) if attachment.dose else None
         setattr(_trunk(model), PROMPT_OWNER, attachment.attachment_id)
-        handle = PromptHandle(attachment, model)
-        handle.set_dose(attachment.dose)
-        return handle
+        return PromptHandle(attachment, model, seat)
 
     def detach(self, handle: PromptHandle) -> None:
         """Take a prompt away.
@@ -177,6 +182,11 @@ def _trunk(model: PreTrainedModel) -> nn.Module:
 
 def _owner_of(model: PreTrainedModel) -> str:
     return getattr(_trunk(model), PROMPT_OWNER, "")
+
+
+def _take_seat(model: PreTrainedModel, attachment: Attachment) -> _Seat:
+    with memory_errors("putting a prompt on a model"):
+        return _Seat.take(model, attachment.tensors[TENSOR])
 
 
 @dataclass(slots=True, eq=False)

@@ -22,6 +22,7 @@ from allograft.recipes.base import BUILT_IN_KINDS, Attachment, Handle, load_reci
 from allograft.recipes.delta import draw_noise
 from allograft.recipes.facts import DeltaFacts, ExpertFacts, LoraFacts, OrganFacts
 from allograft.recipes.lora import starting_tensors
+from allograft.recipes.patch import original_values
 
 
 class Stack:
@@ -138,8 +139,9 @@ def null_packet(attachment: Attachment, model: PreTrainedModel, seed: int) -> At
 def starting_point(attachment: Attachment, model: PreTrainedModel) -> dict[str, torch.Tensor]:
     """What training began from, where that is known and not zero.
 
-    Silenced copies for an organ, its base for an expert. Of an expert whose base is not here
-    nothing is known, and its null is a model of random weights.
+    Silenced copies for an organ, of the base's blocks without what other attachments changed in
+    them; its base for an expert. Of an expert whose base is not here nothing is known, and its null
+    is a model of random weights.
     """
     facts = attachment.facts
     if isinstance(facts, ExpertFacts):
@@ -151,7 +153,10 @@ def starting_point(attachment: Attachment, model: PreTrainedModel) -> dict[str, 
         return {}
     family = surgery.find_family(model.config)
     start = {}
-    for number, block in enumerate(surgery.copy_blocks(model, facts.source, facts.blocks)):
+    made = surgery.new_blocks(model, facts.source, facts.blocks)
+    originals = surgery.base_blocks(model)[facts.source : facts.source + facts.blocks]
+    for number, (block, original) in enumerate(zip(made, originals, strict=True)):
+        surgery.fill_block(block, original_values(original))
         surgery.silence(family, block)
         for name, value in block.state_dict().items():
             start[f"blocks.{number}.{name}"] = value.to("cpu")
