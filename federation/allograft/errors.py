@@ -920,6 +920,11 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
             "export the rest as a merged snapshot. An expert stays beside the model and has no "
             "export.",
         ),
+        "AG-RCP-025": ErrorCode(
+            "models cannot be mixed in this way",
+            "Call the model with token ids, a mask of one row per text, and a cache that began "
+            "after the last attachment came or went.",
+        ),
         "AG-RCP-026": ErrorCode(
             "the base's blocks cannot be copied and changed one by one",
             "Use a snapshot whose blocks hold weights of their own, of one floating-point type.",
@@ -935,11 +940,6 @@ CODES: MappingProxyType[str, ErrorCode] = MappingProxyType(
         "AG-RCP-029": ErrorCode(
             "a search over positions cannot use private data",
             "Fix the position in the plan; search for it beforehand on public text of the kind.",
-        ),
-        "AG-RCP-025": ErrorCode(
-            "models cannot be mixed in this way",
-            "Call the model with token ids, a mask of one row per text, and a cache that began "
-            "after the last attachment came or went.",
         ),
         "AG-RCP-030": ErrorCode(
             "the training text is empty or too small",

@@ -109,7 +109,7 @@ def test_integers_leave_as_they_are_and_scales_in_the_wires_format(tmp_path: Pat
 def test_integers_are_for_kinds_that_have_them(tmp_path: Path) -> None:
     write_numbers(tmp_path / "extract")
     egress.rebuild_file(tmp_path / "extract", tmp_path / "delta.safetensors", NUMBERS)
-    for kind in ("organ", "lora"):
+    for kind in ("lora", "expert", "module_graft", "prompt"):
         with (
             (tmp_path / "delta.safetensors").open("rb") as handle,
             pytest.raises(RejectedError, match="AG-PKT-016"),
