@@ -151,9 +151,9 @@ def test_refuses_a_base_that_was_edited_after_its_digest_was_taken(tmp_path: Pat
     own = tmp_path / "own.txt"
     own.write_text("One note.\n\nAnother note.\n", "utf-8")
     added = perform(describe(tmp_path / "model", own), lambda _: None)
-    task = {"task": "train", "model": str(tmp_path / "model"), "device": "cpu"}
+    task = {"task": "evaluate", "model": str(tmp_path / "model"), "device": "cpu"}
     task["model_digest"] = added["base"]["weights_digest"]
-    with pytest.raises(KeyError):  # the base is the one that was added: on to the training text
+    with pytest.raises(KeyError):  # the base is the one that was added: on to the text
         perform(task, lambda _: None)
     with torch.no_grad():
         next(model.parameters()).view(-1)[0].add_(0.5)
