@@ -14,6 +14,7 @@ from allograft.evaluate.behaviour import TEMPLATES
 from allograft.evaluate.screen import ScreenReport
 from allograft.evaluate.spectrum import weigh_attachment
 from allograft.provenance.ancestry import FILE_NAME
+from allograft.provenance.lineage import digest_weights
 from allograft.recipes.attachment import load_attachment, rewrite_dose, save_attachment
 from allograft.recipes.base import Donor, Payload, Plan, Recipient, load_recipe
 from allograft.recipes.export import CONTENTS_NAME
@@ -137,12 +138,13 @@ def test_screens_a_stack_and_writes_what_a_snapshot_holds(work, strong, tmp_path
     report = ScreenReport.from_json(found["screen"])
     assert [result.name for result in report.results] == ["templates", "triggers"]
     out = {"out": str(tmp_path / "merged"), "format": "merged"}
-    more = {"parents": [PARENT], "donors": {PACKET: "hospital-a"}}
+    base = digest_weights(work[0] / "model")
+    more = {"parents": [PARENT], "donors": {PACKET: "hospital-a"}, "model_digest": base}
     tasks.perform(task_of(work, "export", **stack, **out, **more), lambda _: None)
     assert (tmp_path / "merged" / FILE_NAME).is_file()
     contents = json.loads((tmp_path / "merged" / CONTENTS_NAME).read_bytes())
     (inside,) = contents["inside"]
-    assert contents["base"] == "0" * 64
+    assert contents["base"] == base
     assert inside == {"packet_id": PACKET, "kind": "lora", "dose": 1.0, "donor": "hospital-a"}
     described = tasks.perform(
         {**task_of(work, "describe"), "model": str(tmp_path / "merged")}, lambda _: None
