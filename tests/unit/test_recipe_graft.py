@@ -366,7 +366,7 @@ def test_refuses_what_cannot_be_made(tmp_path: Path) -> None:
         extract(model, tmp_path, ModuleGraftPlan(1, "change"), broken)
     with pytest.raises(RejectedError, match="AG-RCP-035"):
         read_plan("module_graft", {"modules": 3, "ranking": "best"})
-    asked = make_recipe_plan("module_graft", modules=3, ranking="change", rank=8)
+    asked = make_recipe_plan("module_graft", ["modules=3", "ranking=change"])
     assert read_plan("module_graft", asked.to_json()) == asked == ModuleGraftPlan(3, "change")
 
 

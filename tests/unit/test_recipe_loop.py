@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 from kit.tiny import tiny_model, tiny_windows
 from allograft.recipes.base import Donor, Plan, load_recipe
-from allograft.recipes.plan import LoopPlan
+from allograft.recipes.plan import LoopPlan, OrganPlan
 
 torch.set_num_threads(1)
 workdir, fatal = Path(sys.argv[1]), int(sys.argv[2])

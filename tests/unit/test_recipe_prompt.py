@@ -35,7 +35,7 @@ from allograft.recipes.patch import has_attachments
 from allograft.recipes.plan import LoopPlan, LoraPlan, PromptPlan, read_recipe_plan
 from allograft.recipes.prompt import PAYLOAD, TENSOR, PromptRecipe
 from allograft.recipes.snapshot import state_digest
-from allograft.recipes.stack import null_packet
+from allograft.recipes.stack import Stack, null_packet
 from kit.tiny import FAMILIES, generate, logits_of, tiny_model, tiny_tokens, tiny_windows
 
 LOOP = LoopPlan(steps=6, batch_windows=24, learning_rate=0.3, warmup_steps=1)
@@ -313,7 +313,7 @@ def test_a_prompt_is_in_no_snapshot_and_no_lora_directory(tmp_path: Path) -> Non
     attachment = untrained(model)
     handle = RECIPE.attach(attachment, model)
     with pytest.raises(RejectedError, match="AG-RCP-024"):
-        export_merged(model, None, tmp_path / "merged")
+        export_merged(Stack(model), None, tmp_path / "merged")
     with pytest.raises(RejectedError, match="AG-RCP-024"):
         export_peft(attachment, tmp_path / "adapter")
     RECIPE.detach(handle)

@@ -31,6 +31,7 @@ from allograft.recipes.organ import OrganRecipe
 from allograft.recipes.patch import has_attachments
 from allograft.recipes.plan import LoopPlan, LoraPlan, OrganPlan, make_recipe_plan
 from allograft.recipes.snapshot import state_digest
+from allograft.recipes.stack import Stack
 from allograft.recipes.stitched import StitchedRecipe, fit_maps, record_hidden
 from kit.tiny import (
     FAMILIES,
@@ -210,7 +211,7 @@ def test_refuses_to_save_what_no_stock_model_can_hold(tmp_path: Path) -> None:
     model = tiny_model("llama", seed=2)
     RECIPE.attach(make("llama", tmp_path), model)
     with pytest.raises(RejectedError, match="AG-RCP-024"):
-        export_merged(model, None, tmp_path / "merged")
+        export_merged(Stack(model), None, tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
 
 
