@@ -7,8 +7,8 @@ Every number here is public: it goes into the signed provenance statement as it 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol, Self, get_type_hints
 
 from allograft.crypto import canonical
@@ -33,8 +33,54 @@ class RecipePlan(Protocol):
         ...
 
 
+class _Choices:
+    """How the plans of all kinds are written and read: by the names and types of their fields."""
+
+    __slots__ = ()
+
+    def to_json(self) -> dict[str, canonical.Json]:
+        """The choices as a JSON object."""
+        # No list: a privacy plan holds none, since a length could tell of the data.
+        fields = ((name, getattr(self, name)) for name in get_type_hints(type(self)))
+        return {name: "+".join(v) if isinstance(v, tuple) else v for name, v in fields}
+
+    @classmethod
+    def from_json(cls, value: canonical.Json) -> Self:
+        """Read them.
+
+        Raises:
+            RejectedError: AG-IN-003 if malformed; what the kind itself refuses.
+        """
+        types = get_type_hints(cls)
+        fields = canonical.as_object(value, types.keys())
+        return cls(**{name: _READERS[kind](fields[name]) for name, kind in types.items()})._read()
+
+    def _read(self) -> Self:
+        """Itself, if it may be read."""
+        return self
+
+
+def _read_optional(value: canonical.Json) -> int | None:
+    return None if value is None else canonical.as_int(value)
+
+
+def _read_words(value: canonical.Json) -> tuple[str, ...]:
+    text = canonical.as_text(value)
+    return tuple(text.split("+")) if text else ()
+
+
+_READERS: Mapping[Any, Callable[[canonical.Json], Any]] = {
+    int: canonical.as_int,
+    float: canonical.as_number,
+    bool: canonical.as_bool,
+    str: canonical.as_text,
+    int | None: _read_optional,
+    tuple[str, ...]: _read_words,
+}
+
+
 @dataclass(frozen=True, slots=True)
-class OrganPlan:
+class OrganPlan(_Choices):
     """Where an organ's blocks come from and where they go; None lets the recipe choose.
 
     Attributes:
@@ -55,30 +101,9 @@ class OrganPlan:
     search_steps: int = 0
     wire_bits: int = 16
 
-    def to_json(self) -> dict[str, canonical.Json]:
-        """The choices as a JSON object."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: canonical.Json) -> OrganPlan:
-        """Read them.
-
-        Raises:
-            RejectedError: AG-IN-003 if malformed.
-        """
-        fields = canonical.as_object(value, cls.__dataclass_fields__.keys())
-        return cls(
-            blocks=canonical.as_int(fields["blocks"]),
-            source=_optional_int(fields["source"]),
-            position=_optional_int(fields["position"]),
-            mode=canonical.as_text(fields["mode"]),
-            search_steps=canonical.as_int(fields["search_steps"]),
-            wire_bits=canonical.as_int(fields["wire_bits"]),
-        )
-
 
 @dataclass(frozen=True, slots=True)
-class LoraPlan:
+class LoraPlan(_Choices):
     """Rank, scale and the linear modules of each block that receive a low-rank change.
 
     No targets means all linear modules of the family's blocks. `rslora` and `dora` are PEFT's;
@@ -92,30 +117,9 @@ class LoraPlan:
     dora: bool = False
     frozen_a: str = ""
 
-    def to_json(self) -> dict[str, canonical.Json]:
-        """The choices as a JSON object."""
-        # No list: a privacy plan holds none, since a length could tell of the data.
-        return {**asdict(self), "target_modules": "+".join(self.target_modules)}
-
-    @classmethod
-    def from_json(cls, value: canonical.Json) -> LoraPlan:
-        """Read them.
-
-        Raises:
-            RejectedError: AG-IN-003 if malformed, AG-PKT-009 if no adapter can be so.
-        """
-        fields = canonical.as_object(value, cls.__dataclass_fields__.keys())
-        modules = canonical.as_text(fields["target_modules"])
-        plan = cls(
-            rank=canonical.as_int(fields["rank"]),
-            alpha=canonical.as_number(fields["alpha"]),
-            target_modules=tuple(modules.split("+")) if modules else (),
-            rslora=canonical.as_bool(fields["rslora"]),
-            dora=canonical.as_bool(fields["dora"]),
-            frozen_a=canonical.as_text(fields["frozen_a"]),
-        )
-        plan.settings(plan.target_modules or ("all",))
-        return plan
+    def _read(self) -> LoraPlan:
+        self.settings(self.target_modules or ("all",))
+        return self
 
     def settings(self, modules: tuple[str, ...]) -> AdapterSettings:
         """The settings of an adapter of these modules.
@@ -130,7 +134,7 @@ class LoraPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class DeltaPlan:
+class DeltaPlan(_Choices):
     """Which part of the base is trained, and how much of its change travels.
 
     Attributes:
@@ -148,26 +152,6 @@ class DeltaPlan:
     vectors: bool = False
     embeddings: bool = False
 
-    def to_json(self) -> dict[str, canonical.Json]:
-        """The choices as a JSON object."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: canonical.Json) -> DeltaPlan:
-        """Read them.
-
-        Raises:
-            RejectedError: AG-IN-003 if malformed.
-        """
-        fields = canonical.as_object(value, cls.__dataclass_fields__.keys())
-        return cls(
-            bits=canonical.as_int(fields["bits"]),
-            budget_bytes=canonical.as_int(fields["budget_bytes"]),
-            energy=canonical.as_number(fields["energy"]),
-            vectors=canonical.as_bool(fields["vectors"]),
-            embeddings=canonical.as_bool(fields["embeddings"]),
-        )
-
     def check(self) -> None:
         """Refuse a plan that cannot be run.
 
@@ -182,7 +166,7 @@ class DeltaPlan:
 
 
 @dataclass(frozen=True, slots=True)
-class ExpertPlan:
+class ExpertPlan(_Choices):
     """What carries an expert's knowledge, and how its words are weighed beside a recipient's.
 
     Attributes:
@@ -205,35 +189,13 @@ class ExpertPlan:
     rank: int = 8
     alpha: float = 16.0
 
-    def to_json(self) -> dict[str, canonical.Json]:
-        """The choices as a JSON object."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: canonical.Json) -> ExpertPlan:
-        """Read them.
-
-        Raises:
-            RejectedError: AG-IN-003 if malformed.
-        """
-        fields = canonical.as_object(value, cls.__dataclass_fields__.keys())
-        return cls(
-            carrier=canonical.as_text(fields["carrier"]),
-            mixing=canonical.as_text(fields["mixing"]),
-            gate=canonical.as_number(fields["gate"]),
-            blocks=canonical.as_int(fields["blocks"]),
-            position=_optional_int(fields["position"]),
-            rank=canonical.as_int(fields["rank"]),
-            alpha=canonical.as_number(fields["alpha"]),
-        )
-
 
 #: How a module graft ranks the modules of its base; see `recipes.graft`.
 RANKINGS = ("activation", "change", "random", "bottom")
 
 
 @dataclass(frozen=True, slots=True)
-class ModuleGraftPlan:
+class ModuleGraftPlan(_Choices):
     """How many linear modules travel, and which come first.
 
     Attributes:
@@ -245,22 +207,10 @@ class ModuleGraftPlan:
     modules: int = 0
     ranking: str = "activation"
 
-    def to_json(self) -> dict[str, canonical.Json]:
-        """The choices as a JSON object."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: canonical.Json) -> ModuleGraftPlan:
-        """Read them.
-
-        Raises:
-            RejectedError: AG-IN-003 if malformed, AG-RCP-035 for an unknown ranking.
-        """
-        fields = canonical.as_object(value, cls.__dataclass_fields__.keys())
-        plan = cls(canonical.as_int(fields["modules"]), canonical.as_text(fields["ranking"]))
-        if plan.modules < 0 or plan.ranking not in RANKINGS:
+    def _read(self) -> ModuleGraftPlan:
+        if self.modules < 0 or self.ranking not in RANKINGS:
             raise RejectedError("AG-RCP-035", f"a ranking is one of {', '.join(RANKINGS)}")
-        return plan
+        return self
 
 
 #: Each vector takes a position of the context from the text.
@@ -268,24 +218,13 @@ MOST_VIRTUAL_TOKENS = 512
 
 
 @dataclass(frozen=True, slots=True)
-class PromptPlan:
+class PromptPlan(_Choices):
     """How many vectors stand before the text."""
 
     virtual_tokens: int = 20
 
-    def to_json(self) -> dict[str, canonical.Json]:
-        """The choices as a JSON object."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: canonical.Json) -> PromptPlan:
-        """Read them.
-
-        Raises:
-            RejectedError: AG-IN-003 if malformed, AG-RCP-035 if out of range.
-        """
-        fields = canonical.as_object(value, cls.__dataclass_fields__.keys())
-        return cls(canonical.as_int(fields["virtual_tokens"])).check()
+    def _read(self) -> PromptPlan:
+        return self.check()
 
     def check(self) -> PromptPlan:
         """Return itself if it can be run.
@@ -358,10 +297,6 @@ def _plan_class(kind: str) -> type[RecipePlan]:
         kinds = ", ".join(RECIPE_PLANS)
         raise RejectedError("AG-RCP-001", f"kind {kind[:40]!r} is none of {kinds}")
     return made
-
-
-def _optional_int(value: canonical.Json) -> int | None:
-    return None if value is None else canonical.as_int(value)
 
 
 @dataclass(frozen=True, slots=True)
