@@ -41,7 +41,7 @@ from allograft.recipes.base import (
 )
 from allograft.recipes.facts import BASE_STAGE, DeltaFacts, check_statement
 from allograft.recipes.loop import SNAPSHOT, train
-from allograft.recipes.patch import Dense, Place, has_attachments, is_patched, patch, unpatch
+from allograft.recipes.patch import Dense, PatchHandle, Place, has_attachments, unpatch
 from allograft.recipes.plan import DeltaPlan, LoopPlan
 from allograft.recipes.snapshot import load_model
 
@@ -79,26 +79,6 @@ class PackedChange:
         rows.addmm_(left.T.to(rows.device), right, alpha=self.scale)
         if last < count:
             self._held.append(right)
-
-
-class DeltaHandle:
-    """A delta at work: changes in the weights of a model."""
-
-    def __init__(self, attachment: Attachment, model: PreTrainedModel) -> None:
-        self.attachment = attachment
-        self.model = model
-
-    def set_dose(self, dose: float) -> None:
-        """Scale the change of every tensor.
-
-        Raises:
-            RejectedError: AG-RCP-021 for a bad dose, AG-RCP-023 after detaching.
-        """
-        if not _is_attached(self.attachment, self.model):
-            raise RejectedError("AG-RCP-023", "the attachment is not on this model")
-        changed = replace(self.attachment, dose=dose)
-        patch(_places(changed, self.model), changed.attachment_id)
-        self.attachment = changed
 
 
 class DeltaRecipe:
@@ -161,7 +141,7 @@ class DeltaRecipe:
                 raise RejectedError("AG-RCP-003", f"tensor {name} holds a negative scale")
         return Attachment(self.kind, payload.packet_id, facts, tensors)
 
-    def attach(self, attachment: Attachment, model: PreTrainedModel) -> DeltaHandle:
+    def attach(self, attachment: Attachment, model: PreTrainedModel) -> PatchHandle:
         """Add a delta to the base's own tensors at its dose.
 
         Raises:
@@ -170,19 +150,15 @@ class DeltaRecipe:
         """
         if surgery.base_shape(model) != attachment.facts.shape:
             raise RejectedError("AG-RCP-010", "the delta was made on a model of another shape")
-        if _is_attached(attachment, model):
-            raise RejectedError("AG-RCP-023", "the attachment is already on this model")
-        patch(_places(attachment, model), attachment.attachment_id)
-        return DeltaHandle(attachment, model)
+        return PatchHandle(attachment, model, _places)
 
-    def detach(self, handle: DeltaHandle) -> None:
+    def detach(self, handle: PatchHandle) -> None:
         """Take a delta out of the weights.
 
         Raises:
             RejectedError: AG-RCP-023 if it is not attached.
         """
-        places = [(module, name) for module, name, _ in _places(handle.attachment, handle.model)]
-        unpatch(places, handle.attachment.attachment_id)
+        unpatch(handle.model, handle.attachment.attachment_id)
 
 
 def extract_difference(
@@ -309,11 +285,6 @@ def _places(attachment: Attachment, model: PreTrainedModel) -> list[Place]:
         if ending == "change":
             found.append((*places[target], Dense(value, attachment.dose)))
     return found
-
-
-def _is_attached(attachment: Attachment, model: PreTrainedModel) -> bool:
-    modules = delta_places(model).values()
-    return any(is_patched(module, attachment.attachment_id) for module, _ in modules)
 
 
 @contextlib.contextmanager

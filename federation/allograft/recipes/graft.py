@@ -41,33 +41,13 @@ from allograft.recipes.base import (
 from allograft.recipes.delta import learning_in_place, train_in_place
 from allograft.recipes.facts import ModuleGraftFacts, check_statement
 from allograft.recipes.loop import SNAPSHOT
-from allograft.recipes.patch import Dense, Place, has_attachments, is_patched, patch, unpatch
+from allograft.recipes.patch import Dense, PatchHandle, Place, has_attachments, unpatch
 from allograft.recipes.plan import ModuleGraftPlan
 
 PAYLOAD = "modules.safetensors"
 
 _PROMPTS = 16
 _PROMPT_TOKENS = 32
-
-
-class ModuleGraftHandle:
-    """A module graft at work: changes in the weights of a model."""
-
-    def __init__(self, attachment: Attachment, model: PreTrainedModel) -> None:
-        self.attachment = attachment
-        self.model = model
-
-    def set_dose(self, dose: float) -> None:
-        """Scale the change of every module.
-
-        Raises:
-            RejectedError: AG-RCP-021 for a bad dose, AG-RCP-023 after detaching.
-        """
-        if not _is_attached(self.attachment, self.model):
-            raise RejectedError("AG-RCP-023", "the attachment is not on this model")
-        changed = replace(self.attachment, dose=dose)
-        patch(_places(changed, self.model), changed.attachment_id)
-        self.attachment = changed
 
 
 class ModuleGraftRecipe:
@@ -153,7 +133,7 @@ class ModuleGraftRecipe:
         tensors = read_tensors(payload.directory / PAYLOAD, expected, DTYPES[facts.dtype])
         return Attachment(self.kind, payload.packet_id, facts, tensors)
 
-    def attach(self, attachment: Attachment, model: PreTrainedModel) -> ModuleGraftHandle:
+    def attach(self, attachment: Attachment, model: PreTrainedModel) -> PatchHandle:
         """Add a graft's changes to the base's own modules at its dose.
 
         Raises:
@@ -162,19 +142,15 @@ class ModuleGraftRecipe:
         """
         if surgery.base_shape(model) != attachment.facts.shape:
             raise RejectedError("AG-RCP-010", "the graft was made on a model of another shape")
-        if _is_attached(attachment, model):
-            raise RejectedError("AG-RCP-023", "the attachment is already on this model")
-        patch(_places(attachment, model), attachment.attachment_id)
-        return ModuleGraftHandle(attachment, model)
+        return PatchHandle(attachment, model, _places)
 
-    def detach(self, handle: ModuleGraftHandle) -> None:
+    def detach(self, handle: PatchHandle) -> None:
         """Take a graft's changes out of the weights.
 
         Raises:
             RejectedError: AG-RCP-023 if it is not attached.
         """
-        places = _targets(_facts_of(handle.attachment), handle.model).values()
-        unpatch(places, handle.attachment.attachment_id)
+        unpatch(handle.model, handle.attachment.attachment_id)
 
 
 def keep_first(attachment: Attachment, count: int) -> Attachment:
@@ -337,8 +313,3 @@ def _places(attachment: Attachment, model: PreTrainedModel) -> list[Place]:
         (module, name, Dense(attachment.tensors[target], attachment.dose))
         for target, (module, name) in _targets(_facts_of(attachment), model).items()
     ]
-
-
-def _is_attached(attachment: Attachment, model: PreTrainedModel) -> bool:
-    places = _targets(_facts_of(attachment), model).values()
-    return any(is_patched(module, attachment.attachment_id) for module, _ in places)

@@ -45,12 +45,12 @@ from allograft.recipes.frozen import draw_a
 from allograft.recipes.loop import SNAPSHOT, train
 from allograft.recipes.patch import (
     LowRank,
+    PatchHandle,
+    Place,
     Rescaled,
     has_attachments,
-    is_patched,
     matrix_shape,
     original_value,
-    patch,
     unpatch,
     walk_rows,
 )
@@ -61,26 +61,6 @@ PAYLOAD = "adapter_model.safetensors"
 
 #: How PEFT begins the name of every tensor.
 PREFIX = "base_model.model."
-
-
-class LoraHandle:
-    """A LoRA adapter at work: changes in the weights of a model."""
-
-    def __init__(self, attachment: Attachment, model: PreTrainedModel) -> None:
-        self.attachment = attachment
-        self.model = model
-
-    def set_dose(self, dose: float) -> None:
-        """Scale the change of every target matrix.
-
-        Raises:
-            RejectedError: AG-RCP-021 for a bad dose, AG-RCP-023 after detaching.
-        """
-        if not _is_attached(self.attachment, self.model):
-            raise RejectedError("AG-RCP-023", "the attachment is not on this model")
-        changed = replace(self.attachment, dose=dose)
-        _write_changes(changed, self.model)
-        self.attachment = changed
 
 
 class LoraRecipe:
@@ -138,7 +118,7 @@ class LoraRecipe:
         tensors = read_tensors(payload.directory / PAYLOAD, expected, DTYPES[facts.dtype])
         return Attachment(self.kind, payload.packet_id, facts, tensors | drawn)
 
-    def attach(self, attachment: Attachment, model: PreTrainedModel) -> LoraHandle:
+    def attach(self, attachment: Attachment, model: PreTrainedModel) -> PatchHandle:
         """Write an adapter's changes into the base's own blocks at its dose.
 
         Raises:
@@ -147,20 +127,15 @@ class LoraRecipe:
         """
         if surgery.base_shape(model) != attachment.facts.shape:
             raise RejectedError("AG-RCP-010", "the adapter was made on a model of another shape")
-        if _is_attached(attachment, model):
-            raise RejectedError("AG-RCP-023", "the attachment is already on this model")
-        _write_changes(attachment, model)
-        return LoraHandle(attachment, model)
+        return PatchHandle(attachment, model, _places)
 
-    def detach(self, handle: LoraHandle) -> None:
+    def detach(self, handle: PatchHandle) -> None:
         """Take an adapter's changes out of the weights.
 
         Raises:
             RejectedError: AG-RCP-023 if it is not attached.
         """
-        modules = _targets(handle.model, _facts_of(handle.attachment)).values()
-        places = [(module, "weight") for module in modules]
-        unpatch(places, handle.attachment.attachment_id)
+        unpatch(handle.model, handle.attachment.attachment_id)
 
 
 def target_linears(family: str, target_modules: tuple[str, ...]) -> tuple[str, ...]:
@@ -205,11 +180,6 @@ def _targets(model: PreTrainedModel, facts: LoraFacts) -> dict[str, nn.Module]:
         for number, block in enumerate(surgery.base_blocks(model))
         for linear in target_linears(facts.shape.family, facts.settings.target_modules)
     }
-
-
-def _is_attached(attachment: Attachment, model: PreTrainedModel) -> bool:
-    modules = _targets(model, _facts_of(attachment)).values()
-    return any(is_patched(module, attachment.attachment_id) for module in modules)
 
 
 def changes_of(
@@ -310,9 +280,8 @@ def fold_dose(
     return settings, tensors
 
 
-def _write_changes(attachment: Attachment, model: PreTrainedModel) -> None:
-    places = [(module, "weight", change) for _, module, change in changes_of(attachment, model)]
-    patch(places, attachment.attachment_id)
+def _places(attachment: Attachment, model: PreTrainedModel) -> Iterator[Place]:
+    return ((module, "weight", change) for _, module, change in changes_of(attachment, model))
 
 
 @contextlib.contextmanager

@@ -48,7 +48,7 @@ from allograft.recipes.patch import (
     Dense,
     Place,
     has_attachments,
-    is_patched,
+    has_patches,
     original_values,
     patch,
     unpatch,
@@ -193,7 +193,7 @@ class OrganRecipe:
         """
         facts, owner = _facts_of(handle.attachment), handle.attachment.attachment_id
         if facts.replaces:
-            unpatch([place[:2] for place in _places(handle.attachment, handle.model)], owner)
+            unpatch(handle.model, owner)
         else:
             surgery.remove_blocks(handle.model, owner)
 
@@ -502,7 +502,7 @@ def _source_blocks(model: PreTrainedModel, facts: OrganFacts) -> list[nn.Module]
 def _is_attached(attachment: Attachment, model: PreTrainedModel) -> bool:
     owner = attachment.attachment_id
     if _facts_of(attachment).replaces:
-        return any(is_patched(place[0], owner) for place in _places(attachment, model))
+        return has_patches(model, owner)
     return surgery.is_inserted(model, owner)
 
 

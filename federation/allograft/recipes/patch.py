@@ -11,8 +11,8 @@ own tensors, writing takes one block of rows in float32, never a dense change of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from allograft.errors import RejectedError
+from allograft.recipes.base import Attachment
 from allograft.recipes.blocks import has_insertions
 from allograft.recipes.mixture import has_experts
 from allograft.recipes.shortage import memory_errors
@@ -159,17 +160,68 @@ def patch(places: Iterable[Place], owner: str) -> None:
         raise
 
 
-def unpatch(places: Iterable[tuple[nn.Module, str]], owner: str) -> None:
-    """Take an owner's changes out.
+def unpatch(model: PreTrainedModel, owner: str) -> None:
+    """Take an owner's changes out, wherever they are.
 
     Raises:
-        RejectedError: AG-RCP-023 if it has none at one of the places.
+        RejectedError: AG-RCP-023 if it has none.
     """
+    places = [
+        (module, name)
+        for module in model.modules()
+        for name, patches in _find(module).items()
+        if owner in patches.changes
+    ]
+    if not places:
+        raise RejectedError("AG-RCP-023", "the attachment is not on this model")
     for module, name in places:
-        patches = _find(module).get(name)
-        if patches is None or owner not in patches.changes:
-            raise RejectedError("AG-RCP-023", "the attachment is not on this model")
         _replace(module, name, owner, None)
+
+
+class PatchHandle:
+    """An attachment at work as changes of a model's own parameters."""
+
+    def __init__(
+        self,
+        attachment: Attachment,
+        model: PreTrainedModel,
+        places: Callable[[Attachment, PreTrainedModel], Iterable[Place]],
+    ) -> None:
+        """Put it there.
+
+        Args:
+            attachment: At the dose at which it is to act.
+            model: Changed in place.
+            places: An attachment's changes to a model, at the attachment's dose.
+
+        Raises:
+            RejectedError: AG-RCP-023 if it is already there; what `places` and `patch` refuse.
+            UnavailableError: AG-RCP-027 if memory runs out.
+        """
+        if has_patches(model, attachment.attachment_id):
+            raise RejectedError("AG-RCP-023", "the attachment is already on this model")
+        patch(places(attachment, model), attachment.attachment_id)
+        self.attachment = attachment
+        self.model = model
+        self._places = places
+
+    def set_dose(self, dose: float) -> None:
+        """Scale every change.
+
+        Raises:
+            RejectedError: AG-RCP-021 for a bad dose, AG-RCP-023 after detaching.
+            UnavailableError: AG-RCP-027 if memory runs out; the dose is then as before.
+        """
+        if not has_patches(self.model, self.attachment.attachment_id):
+            raise RejectedError("AG-RCP-023", "the attachment is not on this model")
+        changed = replace(self.attachment, dose=dose)
+        patch(self._places(changed, self.model), changed.attachment_id)
+        self.attachment = changed
+
+
+def has_patches(model: PreTrainedModel, owner: str) -> bool:
+    """Whether an owner has changes anywhere on a model."""
+    return any(is_patched(module, owner) for module in model.modules())
 
 
 def is_patched(module: nn.Module, owner: str | None = None) -> bool:
