@@ -118,6 +118,16 @@ class SiteNode:
                 self._commands[name], stdout=log, stderr=log, env=environment
             )
 
+    def keep(self) -> None:
+        """Start again what ended by itself, as a site's daemon does.
+
+        A SuperNode that reaches the SuperLink before its key is registered there ends with an
+        error, which happens when the two start side by side on a busy machine.
+        """
+        for name, process in list(self.processes.items()):
+            if process.poll() is not None:
+                self.start(name)
+
     def stop(self) -> None:
         """Stop both."""
         for process in self.processes.values():
@@ -223,9 +233,11 @@ class FlowerRelay:
             yield self
 
     def tick(self) -> None:
-        """What the daemon does between calls: keep Flower running, judge what is complete."""
+        """What daemons do between calls: keep Flower running, judge what is complete."""
         with contextlib.suppress(UnavailableError):
             self.supervisor.tick()
+        for node in self.nodes.values():
+            node.keep()
         for row in self.store.items_in("complete"):
             for file in row.item.files:
                 self.mailbox.finish_file(row.item_id, file)
