@@ -11,6 +11,9 @@ VENV ?= .venv
 TORCH_INDEX ?= auto
 TORCH_SPEC ?= torch>=2.6
 ARGS ?=
+# Test processes, each with the tests of whole files: 4,152 tests took 20 minutes with one, half of
+# it with two. A process takes up to 2 GB.
+TEST_PROCESSES ?= 2
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -31,11 +34,15 @@ demo: $(STAMP)
 
 # One thread: the models are tiny, and threads that wait for each other on a busy machine spin. On
 # two cores with other work 150 tests of training took 49 s instead of more than 40 minutes.
+PYTEST := OMP_NUM_THREADS=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest \
+  --numprocesses $(TEST_PROCESSES)
+
+# Files stay whole, since their tests share what they made.
 test: $(STAMP)
-	OMP_NUM_THREADS=1 PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m "not slow and not gpu and not browser" $(ARGS)
+	$(PYTEST) --dist loadfile -m "not slow and not gpu and not browser" $(ARGS)
 
 test-slow: $(STAMP)
-	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/python -m pytest -m "slow and not gpu and not browser" $(ARGS)
+	$(PYTEST) --dist load -m "slow and not gpu and not browser" $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

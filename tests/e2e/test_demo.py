@@ -1,12 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The main job, with real processes: what `make demo` shows must be true."""
 
+import contextlib
 import gzip
 import json
+import os
 import re
 import shutil
 import signal
 import subprocess
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -24,7 +28,31 @@ def _program() -> str:
     return program
 
 
-def _demo(tmp_path: Path, *options: str, timeout_s: float = 1400) -> dict:
+@pytest.fixture
+def own_dir() -> Iterator[Path]:
+    """A directory for temporary files, by which all processes of a demo are known.
+
+    Not below pytest's: sockets lie in it, and their paths may be 107 bytes long.
+    """
+    with tempfile.TemporaryDirectory(prefix="demo-") as path:
+        yield Path(path)
+
+
+def _environment(own_dir: Path) -> dict[str, str]:
+    return {**os.environ, "TMPDIR": str(own_dir)}
+
+
+def _running(own_dir: Path) -> set[int]:
+    """What a demo has started, however far down."""
+    found = set()
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("TMPDIR") == str(own_dir):
+                found.add(process.pid)
+    return found
+
+
+def _demo(tmp_path: Path, own_dir: Path, *options: str, timeout_s: float = 1400) -> dict:
     report = tmp_path / "report.json"
     outcome = subprocess.run(
         [_program(), "demo", "--report", str(report), *options],
@@ -32,18 +60,10 @@ def _demo(tmp_path: Path, *options: str, timeout_s: float = 1400) -> dict:
         text=True,
         timeout=timeout_s,
         check=False,
+        env=_environment(own_dir),
     )
     assert outcome.returncode == 0, outcome.stdout[-3000:] + outcome.stderr[-3000:]
     return json.loads(report.read_text("utf-8"))
-
-
-def _ours() -> set[int]:
-    marks = ("allograft", "flower-", "flwr")
-    return {
-        process.pid
-        for process in psutil.process_iter(["cmdline"])
-        if any(mark in part for part in process.info["cmdline"] or () for mark in marks)
-    }
 
 
 def _write_texts(path: Path, texts: list[str]) -> Path:
@@ -82,17 +102,19 @@ def _check(report: dict) -> None:
     assert report["packet"]["sealed_bytes"] > report["packet"]["payload_bytes"] > 0
 
 
-def test_demo_tells_the_whole_story_and_leaves_nothing_running(tmp_path: Path) -> None:
-    before = _ours()
-    _check(_demo(tmp_path))
-    assert _ours() <= before
+def test_demo_tells_the_whole_story_and_leaves_nothing_running(
+    tmp_path: Path, own_dir: Path
+) -> None:
+    _check(_demo(tmp_path, own_dir))
+    assert _running(own_dir) == set()
 
 
-def test_demo_runs_on_a_persons_own_model_and_text(tmp_path: Path) -> None:
+def test_demo_runs_on_a_persons_own_model_and_text(tmp_path: Path, own_dir: Path) -> None:
     stories = shared_path("data/general/tinystories_sample.txt").read_text("utf-8")
     general = [part.strip()[:500] for part in re.split(r"\n\s*\n", stories) if len(part) > 150]
     report = _demo(
         tmp_path,
+        own_dir,
         "--base", str(shared_path("data/models/stories260K/hf")),
         "--data", str(_answers(tmp_path)),
         "--general", str(_write_texts(tmp_path / "general.jsonl", general)),
@@ -100,11 +122,14 @@ def test_demo_runs_on_a_persons_own_model_and_text(tmp_path: Path) -> None:
     _check(report)
 
 
-def test_demo_trains_its_base_on_wikitext_and_moves_medical_knowledge(tmp_path: Path) -> None:
+def test_demo_trains_its_base_on_wikitext_and_moves_medical_knowledge(
+    tmp_path: Path, own_dir: Path
+) -> None:
     pages = shared_path("data/general/wikitext2/valid.txt").read_text("utf-8")
     general = [line.strip()[:1500] for line in pages.split("\n") if len(line) > 200]
     report = _demo(
         tmp_path,
+        own_dir,
         "--data", str(_answers(tmp_path)),
         "--general", str(_write_texts(tmp_path / "general.jsonl", general)),
         "--recipe", "lora",
@@ -113,9 +138,10 @@ def test_demo_trains_its_base_on_wikitext_and_moves_medical_knowledge(tmp_path: 
 
 
 @pytest.mark.timeout(2700)  # four trainings with their audits
-def test_privacy_demo_stops_what_leaks_and_lets_the_private_packet_leave(tmp_path: Path) -> None:
-    before = _ours()
-    report = _demo(tmp_path, "--privacy", timeout_s=2600)
+def test_privacy_demo_stops_what_leaks_and_lets_the_private_packet_leave(
+    tmp_path: Path, own_dir: Path
+) -> None:
+    report = _demo(tmp_path, own_dir, "--privacy", timeout_s=2600)
     ways = report["ways"]
     assert [way["epsilon"] for way in ways.values()] == [None, None, 8.0, 3.0]
     overfit, private = ways["overfit"], ways["epsilon 3"]
@@ -130,17 +156,16 @@ def test_privacy_demo_stops_what_leaks_and_lets_the_private_packet_leave(tmp_pat
     assert [name for name, way in ways.items() if way["left"]] == ["epsilon 3"]
     assert report["recipient"]["state"] in {"kept", "reverted"}
     assert report["audit"]["verified"] is True
-    assert _ours() <= before
+    assert _running(own_dir) == set()
 
 
-def test_an_interrupted_demo_stops_everything_it_started(tmp_path: Path) -> None:
-    before = _ours()
+def test_an_interrupted_demo_stops_everything_it_started(own_dir: Path) -> None:
     with subprocess.Popen(
         [_program(), "demo"],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env=None,
+        env=_environment(own_dir),
         start_new_session=True,
     ) as demo:
         try:
@@ -148,9 +173,9 @@ def test_an_interrupted_demo_stops_everything_it_started(tmp_path: Path) -> None
             for line in demo.stdout:
                 if line.startswith("… Training"):
                     break
-            wait_until("the daemons have started what they run", lambda: len(_ours() - before) > 10)
+            wait_until("the daemons have started Flower", lambda: len(_running(own_dir)) > 10)
             demo.send_signal(signal.SIGINT)
             assert demo.wait(90) == 130
         finally:
             demo.kill()
-    assert _ours() <= before
+    assert _running(own_dir) == set()

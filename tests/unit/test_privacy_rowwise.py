@@ -212,6 +212,11 @@ class Toy:
 
     def __init__(self, model: nn.Module, counts: Sequence[int], shape: tuple[int, ...]) -> None:
         torch.manual_seed(3)
+        with torch.no_grad():
+            # Not as they are born: behind a LayerNorm with weights of one this loss is a constant,
+            # and its gradient nothing but rounding.
+            for value in model.parameters():
+                value.copy_(torch.randn_like(value))
         self.model, self.counts = model, counts
         self.parameters = list(model.parameters())
         self.records = [torch.randn(count, *shape) for count in counts]
