@@ -4,8 +4,8 @@
 One engine with `allograft evaluate`; here the text is real and the split is careful. Reference
 models learn WikiText-2, TinyStories and Shakespeare. Donors learn contracts (CUAD, other contracts
 held out), medical answers (MedQuAD, other *sources* held out, because answers of one source share
-templates), or bank customers' requests with their intent (CLINC150), where accuracy counts too.
-Without the data beside the checkout it says so and ends.
+templates), or bank customers' requests with their intent (CLINC150's fifteen, Banking77's 77), where
+accuracy counts too. Without the data beside the checkout it says so and ends.
 
 A full run replaces `results/transfer-DOMAIN.*` (JSON, table, plots) and adds a row to RESULTS.md.
 """
@@ -13,6 +13,7 @@ A full run replaces `results/transfer-DOMAIN.*` (JSON, table, plots) and adds a 
 from __future__ import annotations
 
 import argparse
+import csv
 import gzip
 import json
 import os
@@ -38,7 +39,13 @@ _GENERAL = _SHARED / "general"
 _RESULTS = Path(__file__).resolve().parent / "results"
 
 #: Share of the oracle's gain that each recipe should reach on the donor's own base.
-_RECOVERY = {"organ": ">= 0.7", "lora r8": ">= 0.85", "delta": ">= 0.9"}
+_RECOVERY = {
+    "organ, 3 blocks": ">= 0.7",
+    "organ, 3 replaced": ">= 0.7",
+    "lora r8": ">= 0.85",
+    "delta": ">= 0.9",
+    "delta, all weights": ">= 0.9",
+}
 
 _LEAST_ANSWER = 200  # characters
 _HELD_OUT_CONTRACTS = 5  # every fifth
@@ -103,6 +110,28 @@ def read_clinc() -> Domain:
     )
 
 
+def read_banking() -> Domain:
+    """Requests of Banking77 with their intent, as a label task of 77."""
+    folder = _SHARED / "finance/banking77"
+    intents: list[str] = json.loads((folder / "categories.json").read_text("utf-8"))
+    known, asked = (_labelled(folder / f"{part}.csv") for part in ("train", "test"))
+    # The test part asks; what is read for loss are every tenth requests of the other, held out.
+    documents = [Document(f"{_ask(text)}{_label(name)}") for text, name in known]
+    return Domain(
+        training=[each for number, each in enumerate(documents) if number % 10],
+        held_out=documents[::10],
+        nature="Banking77's training requests, every tenth held out; questions are of its test.",
+        wrong="medquad",
+        questions=[Question(_ask(text), intents.index(name)) for text, name in asked],
+        labels=[_label(name) for name in intents],
+    )
+
+
+def _labelled(path: Path) -> list[tuple[str, str]]:
+    with path.open(encoding="utf-8", newline="") as handle:
+        return [(row["text"], row["category"]) for row in csv.DictReader(handle)]
+
+
 def _ask(text: str) -> str:
     return f"Request: {text}\nIntent:"
 
@@ -116,6 +145,7 @@ DOMAINS: Mapping[str, Callable[[], Domain]] = {
     "cuad": read_cuad,
     "medquad": read_medquad,
     "clinc": read_clinc,
+    "banking": read_banking,
 }
 
 

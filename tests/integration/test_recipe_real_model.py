@@ -14,12 +14,13 @@ from allograft.recipes.base import (
     Recipient,
     load_recipe,
 )
+from allograft.recipes.controls import null_packet
 from allograft.recipes.documents import read_documents, split_documents
 from allograft.recipes.export import export_merged
 from allograft.recipes.losses import token_losses
 from allograft.recipes.plan import LoopPlan, LoraPlan, OrganPlan
 from allograft.recipes.snapshot import load_model, load_tokenizer, state_digest
-from allograft.recipes.stack import Stack, null_packet
+from allograft.recipes.stack import Stack
 from allograft.recipes.windows import Windows, make_windows
 from kit.shared import shared_path
 

@@ -43,7 +43,11 @@ TINY = Size(
 )
 
 
-TINY_ARMS = tuple(replace(arm, rates=arm.rates[:1]) for arm in ARMS)
+#: One arm of each kind, with one rate.
+TINY_ARMS = tuple(
+    replace(arm, rates=(arm.rates or TINY.full_rates)[:1])
+    for arm in {arm.kind: arm for arm in reversed(ARMS)}.values()
+)
 
 
 def sentences(words: str, count: int, seed: int) -> list[Document]:

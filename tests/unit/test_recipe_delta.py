@@ -31,6 +31,7 @@ from allograft.recipes.base import (
     Recipient,
 )
 from allograft.recipes.blocks import describe_model
+from allograft.recipes.controls import null_packet
 from allograft.recipes.delta import (
     PAYLOAD,
     DeltaRecipe,
@@ -48,7 +49,6 @@ from allograft.recipes.organ import OrganRecipe
 from allograft.recipes.patch import has_attachments
 from allograft.recipes.plan import DeltaPlan, LoopPlan, LoraPlan, OrganPlan, Step
 from allograft.recipes.snapshot import state_digest
-from allograft.recipes.stack import null_packet
 from kit.tiny import FAMILIES, LAYERS, generate, logits_of, tiny_model, tiny_windows, write_model
 
 LOOP = LoopPlan(steps=6, batch_windows=24, learning_rate=1e-2, warmup_steps=2)

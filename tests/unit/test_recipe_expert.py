@@ -36,6 +36,7 @@ from allograft.recipes.base import (
 )
 from allograft.recipes.blocks import describe_model
 from allograft.recipes.blueprint import build_config, read_settings, tensor_shapes
+from allograft.recipes.controls import null_packet
 from allograft.recipes.expert import ExpertRecipe
 from allograft.recipes.export import export_merged
 from allograft.recipes.facts import ExpertFacts, PromptFacts
@@ -45,7 +46,7 @@ from allograft.recipes.patch import has_attachments
 from allograft.recipes.plan import ExpertPlan, LoopPlan, LoraPlan
 from allograft.recipes.prompt import PromptRecipe
 from allograft.recipes.snapshot import state_digest
-from allograft.recipes.stack import Stack, null_packet
+from allograft.recipes.stack import Stack
 from allograft_client import tasks
 from allograft_client.recipient import Choice
 from kit.tiny import FAMILIES, generate, logits_of, tiny_model, tiny_tokens, tiny_windows

@@ -25,6 +25,7 @@ from allograft.recipes.base import (
     Plan,
     Recipient,
 )
+from allograft.recipes.controls import null_packet
 from allograft.recipes.facts import ModuleGraftFacts, read_facts
 from allograft.recipes.graft import (
     PAYLOAD,
@@ -44,7 +45,6 @@ from allograft.recipes.plan import (
     read_recipe_plan as read_plan,
 )
 from allograft.recipes.snapshot import state_digest
-from allograft.recipes.stack import null_packet
 from kit.tiny import FAMILIES, LAYERS, generate, logits_of, tiny_model, tiny_windows
 
 LOOP = LoopPlan(steps=4, batch_windows=24, learning_rate=2e-3, warmup_steps=1)

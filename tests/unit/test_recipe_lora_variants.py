@@ -19,13 +19,14 @@ from allograft.privacy.egress import rebuild_file
 from allograft.privacy.shapes import allow_list, read_base
 from allograft.recipes.attachment import load_attachment, save_attachment
 from allograft.recipes.base import Attachment, Donor, Extract, Payload, Plan, Recipient
+from allograft.recipes.controls import null_packet
 from allograft.recipes.export import export_peft
 from allograft.recipes.frozen import draw_a
 from allograft.recipes.lora import PAYLOAD, LoraRecipe, changes_of
 from allograft.recipes.patch import has_attachments, make_dense
 from allograft.recipes.plan import LoopPlan, LoraPlan, read_recipe_plan
 from allograft.recipes.snapshot import state_digest
-from allograft.recipes.stack import Stack, null_packet
+from allograft.recipes.stack import Stack
 from kit.tiny import FAMILIES, generate, logits_of, tiny_model, tiny_windows
 
 LOOP = LoopPlan(steps=6, batch_windows=24, learning_rate=1e-2, warmup_steps=2)

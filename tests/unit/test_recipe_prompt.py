@@ -28,6 +28,7 @@ from allograft.recipes.base import (
     Plan,
     Recipient,
 )
+from allograft.recipes.controls import null_packet
 from allograft.recipes.export import export_merged, export_peft
 from allograft.recipes.facts import PromptFacts, read_facts
 from allograft.recipes.lora import LoraRecipe
@@ -35,7 +36,7 @@ from allograft.recipes.patch import has_attachments
 from allograft.recipes.plan import LoopPlan, LoraPlan, PromptPlan, read_recipe_plan
 from allograft.recipes.prompt import PAYLOAD, TENSOR, PromptRecipe
 from allograft.recipes.snapshot import state_digest
-from allograft.recipes.stack import Stack, null_packet
+from allograft.recipes.stack import Stack
 from kit.tiny import FAMILIES, generate, logits_of, tiny_model, tiny_tokens, tiny_windows
 
 LOOP = LoopPlan(steps=6, batch_windows=24, learning_rate=0.3, warmup_steps=1)

@@ -20,10 +20,11 @@ from allograft.recipes.base import (
     Recipient,
     load_recipe,
 )
+from allograft.recipes.controls import null_packet, starting_point
 from allograft.recipes.export import CONTENTS_NAME, Source, export_merged, export_peft
 from allograft.recipes.plan import LoopPlan, LoraPlan, OrganPlan
 from allograft.recipes.snapshot import state_digest
-from allograft.recipes.stack import Stack, null_packet, stack_digest, starting_point
+from allograft.recipes.stack import Stack, stack_digest
 from kit.tiny import (
     FAMILIES,
     LAYERS,

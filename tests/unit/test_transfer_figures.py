@@ -198,9 +198,19 @@ def test_every_recipe_has_its_controls() -> None:
 
 
 def test_equal_lora_has_the_packets_bytes() -> None:
-    (task,) = [t for t in plan((ARMS[1], ARMS[0])) if t.name.startswith("lora r16")]
+    organ, lora = ARMS[0], next(arm for arm in ARMS if arm.reference)
+    (task,) = [t for t in plan((lora, organ)) if t.name.startswith("lora r16")]
     assert task.arm is not None
     assert task.arm.plan == LoraPlan(rank=16, alpha=32.0)  # twice the bytes, twice the rank
+
+
+@pytest.mark.parametrize("size", [1_000, 100_000_000])
+def test_no_lora_is_as_small_as_a_prompt_or_as_large_as_all_matrices(size: int) -> None:
+    lora, other = next(arm for arm in ARMS if arm.reference), ARMS[0]
+    chosen = {task.name: task for task in rate_tasks(PLAN)}
+    sizes = {lora.name: 100_000, other.name: size}
+    waves = plan_cells(replace(PLAN, arms=(lora, other)), PEOPLE, chosen, sizes, wrong=True)
+    assert not [t for wave in waves for t in wave if t.name.endswith(f"bytes of {other.name}")]
 
 
 def test_the_benchmark_holds_each_recipe_against_its_promise() -> None:

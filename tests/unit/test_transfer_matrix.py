@@ -28,7 +28,12 @@ from kit.transfer import TINY, TINY_ARMS, tiny_sources
 
 PLAN = MatrixPlan(TINY, TINY_ARMS)
 #: Cells of these are among those of the whole plan.
-LEAN = replace(PLAN, size=replace(TINY, seeds=1), controls=False)
+LEAN = replace(
+    PLAN,
+    arms=tuple(arm for arm in TINY_ARMS if arm.kind in {"organ", "lora"}),
+    size=replace(TINY, seeds=1),
+    controls=False,
+)
 TEXTS = make_texts(tiny_sources(), TINY.amounts)
 
 
@@ -59,7 +64,7 @@ def nats(cell: Cell) -> list[list[float]]:
     return [point.measured.test.nats.tolist() for point in cell.points]
 
 
-@pytest.mark.parametrize("arm", ["organ", "lora r8"])
+@pytest.mark.parametrize("arm", ["organ", "lora r8", "delta", "module graft"])
 def test_each_recipient_gets_its_verdict(whole: tuple[Path, list[Cell]], arm: str) -> None:
     verdicts = {
         name: {(cell.verdict, cell.code) for cell in of(whole[1], arm, name)}
@@ -72,6 +77,43 @@ def test_each_recipient_gets_its_verdict(whole: tuple[Path, list[Cell]], arm: st
         "wide": {("refuse", "AG-RCP-010")},
         "foreign": {("refuse", "AG-RCP-010")},
     }
+
+
+def test_a_prompt_is_for_its_own_base_alone(whole: tuple[Path, list[Cell]]) -> None:
+    verdicts = {
+        name: {(cell.verdict, cell.code) for cell in of(whole[1], "prompt", name)}
+        for name in ("base", "relative", "stranger")
+    }
+    others = dict.fromkeys(("relative", "stranger"), {("refuse", "AG-RCP-036")})
+    assert verdicts == {"base": {("exact", "")}, **others}
+
+
+def test_an_expert_is_refused_only_by_who_reads_other_tokens(
+    whole: tuple[Path, list[Cell]],
+) -> None:
+    verdicts = {
+        name: {(cell.verdict, cell.code) for cell in of(whole[1], "expert", name)}
+        for name in ("base", "stranger", "wide", "foreign")
+    }
+    assert verdicts == {
+        "base": {("behavioural", "")},
+        "stranger": {("behavioural", "")},
+        "wide": {("behavioural", "")},
+        "foreign": {("refuse", "AG-RCP-011")},
+    }
+    assert all(cell.points for cell in of(whole[1], "expert", "wide"))
+
+
+def test_modules_of_a_graft_are_tried_in_its_order_and_in_any(
+    whole: tuple[Path, list[Cell]],
+) -> None:
+    (first,) = of(whole[1], "module graft, first modules", "base")
+    (drawn,) = of(whole[1], "module graft, random modules", "base")
+    labels = [point.label for point in first.points]
+    assert labels == [point.label for point in drawn.points]
+    assert nats(first) != nats(drawn)
+    graft = of(whole[1], "module graft", "base")[0]
+    assert nats(graft)[-1] not in nats(first)  # which has all of them
 
 
 def test_a_refused_stranger_is_forced_and_measured(whole: tuple[Path, list[Cell]]) -> None:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from allograft.evaluate.screen import ModuleFigures
 from allograft.recipes.base import Attachment
+from allograft.recipes.controls import starting_point
 from allograft.recipes.delta import delta_places, packed_directions
 from allograft.recipes.factors import unpack
 from allograft.recipes.facts import (
@@ -32,7 +33,6 @@ from allograft.recipes.facts import (
 )
 from allograft.recipes.lora import changes_of
 from allograft.recipes.patch import LowRank, make_dense, original_value
-from allograft.recipes.stack import starting_point
 
 _LEADING = 16  # singular values that are computed; the rest is known by its sum only
 _OVERSAMPLE = 8

@@ -33,8 +33,8 @@ from allograft.evaluate.gate import (
 from allograft.evaluate.loss import Prepared, Scoring, measure, pad_batch, prepare
 from allograft.evaluate.report import DocumentCounts, TrialReport
 from allograft.recipes.base import DOSES, Attachment, Recipe
+from allograft.recipes.controls import null_packet
 from allograft.recipes.snapshot import state_digest
-from allograft.recipes.stack import null_packet
 
 _PROBE_ROWS = 4
 _PROBE_TOKENS = 64

@@ -11,7 +11,7 @@ recipient made of its own base at that stage. See protos/spec/recipes.md.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -237,6 +237,27 @@ def draw_noise(
         for target, packed in sorted(packed_directions(attachment).items())
         for ending, value in factors.draw_noise(packed, generator, *shapes[target]).items()
     }
+
+
+def turn_directions(
+    attachment: Attachment, model: PreTrainedModel, draw: Callable[[int], torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """The directions of every matrix of a delta, turned on the side of the model's width.
+
+    Args:
+        attachment: A delta.
+        model: What it fits.
+        draw: Makes a rotation of so many dimensions.
+    """
+    shapes, turned = _shapes(delta_places(model)), {}
+    for target, packed in sorted(packed_directions(attachment).items()):
+        rows, columns = shapes[target]
+        # The rows of an embedding or a head are tokens, far too many for a rotation of them.
+        tokens = target in {EMBEDDING, HEAD}
+        rotation = draw(columns if tokens else rows)
+        for ending, value in factors.turn(packed, rows, columns, rotation, right=tokens).items():
+            turned[f"{target}.{ending}"] = value
+    return turned
 
 
 @dataclass(frozen=True, slots=True)

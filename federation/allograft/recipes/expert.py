@@ -53,6 +53,7 @@ from allograft.recipes.blueprint import (
     read_settings,
     tensor_shapes,
 )
+from allograft.recipes.controls import starting_point
 from allograft.recipes.facts import ExpertFacts, check_statement
 from allograft.recipes.loop import SNAPSHOT, train
 from allograft.recipes.mixture import Expert, add_expert, remove_expert, set_expert_dose
@@ -60,7 +61,6 @@ from allograft.recipes.patch import has_attachments
 from allograft.recipes.plan import ExpertPlan, LoopPlan, LoraPlan, OrganPlan
 from allograft.recipes.shortage import memory_errors
 from allograft.recipes.snapshot import load_model
-from allograft.recipes.stack import starting_point
 
 PAYLOAD = "expert.safetensors"
 

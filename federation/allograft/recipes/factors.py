@@ -175,6 +175,34 @@ def draw_noise(
     return noise
 
 
+def turn(
+    packed: Mapping[str, torch.Tensor],
+    rows: int,
+    columns: int,
+    rotation: torch.Tensor,
+    right: bool = False,
+) -> dict[str, torch.Tensor]:
+    """A packed change, multiplied by a rotation and rounded again.
+
+    Args:
+        packed: What `pack` returned.
+        rows: Of the matrix.
+        columns: Of the matrix.
+        rotation: [rows, rows], or [columns, columns] if it turns what the matrix reads.
+        right: Whether it does.
+    """
+    wide, narrow = (len(packed.get(name, ())) for name in ("int8", "int4"))
+    one, other = _unpack_part(packed, 0, rows), _unpack_part(packed, rows, rows + columns)
+    if right:
+        other = other @ rotation
+    else:
+        one = one @ rotation
+    values = packed["scale"].to(torch.float32)
+    energy = squared_norm(one * values[:, None], other)
+    turned = pack(Directions(one, values, other, energy), (wide, narrow))
+    return turned | {"scale": turned["scale"].to(packed["scale"])}
+
+
 def _steps(directions: Directions, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Energy, bytes and kind (widening or not) of every step that a matrix offers."""
     values = (directions.values.double() ** 2).numpy()

@@ -39,12 +39,14 @@ from allograft.recipes.base import (
     Verdict,
     load_recipe,
 )
-from allograft.recipes.facts import OrganFacts
+from allograft.recipes.controls import null_packet, rotated_packet
+from allograft.recipes.facts import ModuleGraftFacts, OrganFacts
+from allograft.recipes.graft import keep_first
 from allograft.recipes.loop import train
-from allograft.recipes.stack import null_packet
 
 NGRAM_ORDER = 5
 _NGRAM_WEIGHTS = (0.1, 0.25, 0.5, 0.75, 0.9)
+_MODULE_SHARES = (0.125, 0.25, 0.5)
 # A bias is added to logits of the order of ten, and AdamW moves it by the rate per step.
 _BIAS_RATE = 0.05
 
@@ -129,7 +131,7 @@ def _recipe(bench: Bench, task: Task) -> Cell:
     # What the recipe refuses is forced where the tensors fit, so that the table shows what the
     # refusal was worth.
     try:
-        points = _measure_doses(bench, task, _fit(task, packet, model), model)
+        points = _measure_doses(bench, task, _fit(bench, task, packet, model), model)
     except RejectedError as error:
         if verdict.level != "refuse" or error.code == "AG-EVA-003":
             raise
@@ -140,14 +142,40 @@ def _recipe(bench: Bench, task: Task) -> Cell:
 def _null(bench: Bench, task: Task) -> Cell:
     """Noise of the packet's own norm, drawn anew for each seed."""
     packet, model = _packet(bench, task), bench.model(task.recipient)
-    noise = null_packet(_fit(task, packet, model), model, seed=1000 + task.seed)
+    noise = null_packet(_fit(bench, task, packet, model), model, seed=1000 + task.seed)
     return _cell(task, _measure_doses(bench, task, noise, model), packet.payload_bytes, packet)
+
+
+def _rotated(bench: Bench, task: Task) -> Cell:
+    """The packet's change, turned by random rotations."""
+    packet, model = _packet(bench, task), bench.model(task.recipient)
+    turned = rotated_packet(_fit(bench, task, packet, model), model, seed=2000 + task.seed)
+    return _cell(task, _measure_doses(bench, task, turned, model), packet.payload_bytes, packet)
+
+
+def _modules(bench: Bench, task: Task) -> Cell:
+    """Parts of a module graft at full dose: the first modules of its ranking, or any."""
+    packet, model = _packet(bench, task), bench.model(task.recipient)
+    graft = _fit(bench, task, packet, model)
+    facts = graft.facts
+    assert isinstance(facts, ModuleGraftFacts)
+    if task.method == "random modules":
+        generator = torch.Generator().manual_seed(task.seed)
+        order = torch.randperm(len(facts.modules), generator=generator).tolist()
+        drawn = tuple(facts.modules[number] for number in order)
+        graft = replace(graft, facts=replace(facts, modules=drawn, ranking="random"))
+    points: list[Point] = []
+    for share in _MODULE_SHARES:
+        count = max(1, round(share * len(facts.modules)))
+        fewer, label = keep_first(graft, count), f"{count} of {len(facts.modules)}"
+        points += _measure_doses(bench, task, fewer, model, (1.0,), label)
+    return _cell(task, points, packet.payload_bytes, packet)
 
 
 def _untrained(bench: Bench, task: Task) -> Cell:
     """Copies of the base's own blocks where an organ would go."""
     packet, model = _packet(bench, task), bench.model(task.recipient)
-    attachment = _fit(task, packet, model)
+    attachment = _fit(bench, task, packet, model)
     facts = attachment.facts
     assert isinstance(facts, OrganFacts)
     copies = surgery.copy_blocks(model, facts.source, facts.blocks)
@@ -281,6 +309,9 @@ METHODS: Mapping[str, Callable[[Bench, Task], Cell]] = {
     "zero-shot": _zero_shot,
     "recipe": _recipe,
     "null": _null,
+    "rotated": _rotated,
+    "first modules": _modules,
+    "random modules": _modules,
     "untrained": _untrained,
     "full": _full,
     "bias": _bias,
@@ -294,10 +325,13 @@ def _packet(bench: Bench, task: Task) -> Packet:
     return bench.packet(task.arm, task.rate, task.seed, task.text)
 
 
-def _fit(task: Task, packet: Packet, model: PreTrainedModel) -> Attachment:
+def _fit(bench: Bench, task: Task, packet: Packet, model: PreTrainedModel) -> Attachment:
     assert task.arm is not None
-    payload = Payload(task.arm.kind, packet.directory.name, packet.directory, packet.facts)
-    return load_recipe(task.arm.kind).fit(payload, Recipient(model, task.seed))
+    base = bench.describe(BASE).weights_digest
+    payload = Payload(task.arm.kind, packet.directory.name, packet.directory, packet.facts, base)
+    # Every recipient has the donor's base at hand, as an expert that is a change of it needs.
+    bases = {base: bench.lab.models[BASE]}
+    return load_recipe(task.arm.kind).fit(payload, Recipient(model, task.seed, bases=bases))
 
 
 def _ask(bench: Bench, task: Task, packet: Packet, model: PreTrainedModel) -> Verdict:

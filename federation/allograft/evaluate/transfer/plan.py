@@ -6,7 +6,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from allograft.evaluate.transfer.text import Amounts
-from allograft.recipes.plan import LoraPlan, OrganPlan, RecipePlan
+from allograft.recipes.plan import (
+    DeltaPlan,
+    ExpertPlan,
+    LoraPlan,
+    ModuleGraftPlan,
+    OrganPlan,
+    PromptPlan,
+    RecipePlan,
+)
 from allograft.recipes.shape import Shape
 
 
@@ -19,13 +27,14 @@ class Arm:
         kind: Key of the recipe registry.
         plan: The kind's own choices.
         rates: Peak learning rates; the best on validation documents with the first seed is used.
+            Empty for those of full fine-tuning, where the base's own weights learn.
         reference: This is the LoRA of the sanity rule.
     """
 
     name: str
     kind: str
     plan: RecipePlan
-    rates: tuple[float, ...]
+    rates: tuple[float, ...] = ()
     reference: bool = False
 
 
@@ -34,7 +43,18 @@ _RATES = (3e-3, 1e-2, 2e-2)
 #: What is tried. Models above 50 million weights want a tenth of these rates; see `rate_scale`.
 ARMS: tuple[Arm, ...] = (
     Arm("organ", "organ", OrganPlan(blocks=1), _RATES),
+    Arm("organ, 3 blocks", "organ", OrganPlan(blocks=3), _RATES[:2]),
+    Arm("organ, 3 replaced", "organ", OrganPlan(blocks=3, mode="replace")),
     Arm("lora r8", "lora", LoraPlan(rank=8, alpha=16.0), _RATES, reference=True),
+    Arm("delta", "delta", DeltaPlan()),
+    Arm(
+        "delta, all weights",
+        "delta",
+        DeltaPlan(bits=8, energy=0.99, vectors=True, embeddings=True),
+    ),
+    Arm("module graft", "module_graft", ModuleGraftPlan()),
+    Arm("prompt", "prompt", PromptPlan(), (1e-2, 3e-2)),
+    Arm("expert", "expert", ExpertPlan()),
 )
 
 
@@ -108,7 +128,7 @@ SIZES: dict[str, Size] = {
             batch=8,
             window=128,
             full_rates=(3e-4, 1e-3),
-            amounts=Amounts(600_000, 2_400_000, 40, 80, 600),
+            amounts=Amounts(600_000, 2_400_000, 40, 80, 400),
         ),
         Size(
             name="gpu",

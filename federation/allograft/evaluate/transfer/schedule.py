@@ -14,10 +14,12 @@ from allograft.evaluate.transfer.arms import Task
 from allograft.evaluate.transfer.cell import Cell, Role
 from allograft.evaluate.transfer.plan import Arm, MatrixPlan
 from allograft.evaluate.transfer.world import BASE
-from allograft.recipes.plan import LoraPlan
+from allograft.recipes.plan import LoraPlan, OrganPlan
 
 ORACLE = "full fine-tuning"
 WRAPPER = "NOT as published: wrapper, inserted, no recovery"
+# Above it a LoRA of the reference models takes more bytes than their matrices.
+_MOST_RANK = 128
 
 
 def rate_tasks(plan: MatrixPlan) -> tuple[Task, ...]:
@@ -29,7 +31,7 @@ def rate_tasks(plan: MatrixPlan) -> tuple[Task, ...]:
     recipes = [
         Task("recipe", arm.name, Role.RECIPE, arm=arm, rate=plan.rate_scale * rate)
         for arm in plan.arms
-        for rate in arm.rates
+        for rate in arm.rates or plan.size.full_rates
     ]
     wrapper = [
         Task("wrapper", WRAPPER, Role.PAPER, rate=plan.rate_scale * rate)
@@ -106,18 +108,22 @@ def _training_controls(
                 named = f"{arm.name}, wrong domain"
                 tasks.append(replace(task, name=named, role=Role.CONTROL, text="wrong"))
             if lora is not None and arm is not lora:
-                tasks.append(_equal_lora(arm, lora, replace(chosen[lora.name], seed=seed), sizes))
+                trained = replace(chosen[lora.name], seed=seed)
+                tasks += _equal_lora(arm, lora, trained, sizes)
     return tasks
 
 
-def _equal_lora(arm: Arm, lora: Arm, task: Task, sizes: Mapping[str, int]) -> Task:
-    """LoRA of as many bytes as another packet; a LoRA's bytes grow with its rank."""
+def _equal_lora(arm: Arm, lora: Arm, task: Task, sizes: Mapping[str, int]) -> list[Task]:
+    """LoRA of as many bytes as another packet, if there is one; its bytes grow with its rank."""
     assert isinstance(lora.plan, LoraPlan)
-    rank = max(1, round(lora.plan.rank * sizes[arm.name] / sizes[lora.name]))
+    rank = round(lora.plan.rank * sizes[arm.name] / sizes[lora.name])
+    if not 1 <= rank <= _MOST_RANK:
+        return []
     scale = lora.plan.alpha / lora.plan.rank
     plan = replace(lora.plan, rank=rank, alpha=scale * rank)
     name = f"lora r{rank}, bytes of {arm.name}"
-    return replace(task, name=name, role=Role.BASELINE, arm=replace(lora, name=name, plan=plan))
+    made = replace(lora, name=name, plan=plan)
+    return [replace(task, name=name, role=Role.BASELINE, arm=made)]
 
 
 def _light_controls(
@@ -134,13 +140,23 @@ def _light_controls(
         if name != "foreign"  # the bias counts in the donor's tokens
     ]
     for arm in plan.arms:
-        task = chosen[arm.name]
+        task = replace(chosen[arm.name], role=Role.CONTROL)
         tasks += [
-            replace(task, method="null", name=f"{arm.name}, noise of equal norm", seed=seed,
-                    role=Role.CONTROL)
+            replace(task, method="null", name=f"{arm.name}, noise of equal norm", seed=seed)
             for seed in range(plan.size.seeds)
-        ]  # fmt: skip
-        if arm.kind == "organ":
-            named = f"{arm.name}, untrained blocks"
-            tasks.append(replace(task, method="untrained", name=named, role=Role.CONTROL))
+        ]
+        once = [("rotated", "turned at random")]
+        if arm.kind == "organ" and not _replaces(arm):
+            once.append(("untrained", "untrained blocks"))
+        if arm.kind == "module_graft":
+            once += [("first modules", "first modules"), ("random modules", "random modules")]
+        tasks += [
+            replace(task, method=method, name=f"{arm.name}, {words}", seed=seed)
+            for method, words in once
+            for seed in range(plan.size.control_seeds)
+        ]
     return tasks
+
+
+def _replaces(arm: Arm) -> bool:
+    return isinstance(arm.plan, OrganPlan) and arm.plan.mode == "replace"
