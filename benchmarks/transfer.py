@@ -4,8 +4,8 @@
 One engine with `allograft evaluate`; here the text is real and the split is careful. Reference
 models learn WikiText-2, TinyStories and Shakespeare. Donors learn contracts (CUAD, other contracts
 held out), medical answers (MedQuAD, other *sources* held out, because answers of one source share
-templates), or bank customers' requests with their intent (CLINC150's fifteen, Banking77's 77), where
-accuracy counts too. Without the data beside the checkout it says so and ends.
+templates), or bank customers' requests with their intent (of 15 in CLINC150, of 77 in Banking77),
+where accuracy counts too. Without the data beside the checkout it says so and ends.
 
 A full run replaces `results/transfer-DOMAIN.*` (JSON, table, plots) and adds a row to RESULTS.md.
 """

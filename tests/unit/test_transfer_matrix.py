@@ -84,7 +84,7 @@ def test_a_prompt_is_for_its_own_base_alone(whole: tuple[Path, list[Cell]]) -> N
         name: {(cell.verdict, cell.code) for cell in of(whole[1], "prompt", name)}
         for name in ("base", "relative", "stranger")
     }
-    others = dict.fromkeys(("relative", "stranger"), {("refuse", "AG-RCP-036")})
+    others = {name: {("refuse", "AG-RCP-036")} for name in ("relative", "stranger")}
     assert verdicts == {"base": {("exact", "")}, **others}
 
 
