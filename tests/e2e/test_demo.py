@@ -175,7 +175,7 @@ def test_an_interrupted_demo_stops_everything_it_started(own_dir: Path) -> None:
                     break
             wait_until("the daemons have started Flower", lambda: len(_running(own_dir)) > 10)
             demo.send_signal(signal.SIGINT)
-            assert demo.wait(90) == 130
+            assert demo.wait(240) == 130
         finally:
             demo.kill()
     assert _running(own_dir) == set()

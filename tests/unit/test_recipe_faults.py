@@ -28,12 +28,12 @@ LOOP = LoopPlan(steps=2, batch_windows=8, learning_rate=1e-2, warmup_steps=0)
 KINDS = {
     "insert": OrganPlan(2, 1, 3),
     "replace": OrganPlan(1, 2, 2, "replace"),
-    "lora": LoraPlan(rank=2),
+    "dora": LoraPlan(rank=2, dora=True),
 }
 
 
 def make(model, workdir: Path, name: str, key: str) -> Attachment:
-    kind = "lora" if name == "lora" else "organ"
+    kind = "lora" if name == "dora" else "organ"
     folder = workdir / f"{name}-{key}"
     folder.mkdir()
     recipe = load_recipe(kind)
@@ -74,7 +74,7 @@ def test_memory_that_runs_out_anywhere_in_an_attach_leaves_the_model_as_it_was(
     model = tiny_model(family)
     attachment = replace(make(model, tmp_path, name, "b"), dose=0.5)
     stack = Stack(model)
-    stack.attach(make(tiny_model(family), tmp_path, "lora", "a"))
+    stack.attach(make(tiny_model(family), tmp_path, "dora", "a"))
     before = state_digest(model)
     with failing_write(0, ERRORS[0]) as writes:
         stack.attach(attachment)
@@ -115,7 +115,7 @@ def test_memory_that_runs_out_while_a_dose_changes_leaves_the_dose(
 def test_stack_takes_all_off_again_when_memory_runs_out_at_its_last(tmp_path: Path) -> None:
     model = tiny_model("llama")
     plain = state_digest(model)
-    both = [make(model, tmp_path, "lora", "a"), make(model, tmp_path, "insert", "b")]
+    both = [make(model, tmp_path, "dora", "a"), make(model, tmp_path, "insert", "b")]
     with failing_write(0, ERRORS[0]) as writes:
         Stack(copy.deepcopy(model)).attach_all(both)
     with failing_write(writes[0] - 1, MemoryError()), pytest.raises(UnavailableError):

@@ -23,7 +23,7 @@ from allograft.recipes.base import (
 )
 from allograft.recipes.export import export_peft
 from allograft.recipes.lora import LoraRecipe, target_linears
-from allograft.recipes.patch import has_attachments
+from allograft.recipes.patch import folded, has_attachments
 from allograft.recipes.plan import LoopPlan, LoraPlan, OrganPlan
 from allograft.recipes.snapshot import state_digest
 from kit.tiny import FAMILIES, LAYERS, logits_of, tiny_model, tiny_windows
@@ -157,7 +157,8 @@ def test_chosen_targets_are_the_only_ones_changed(tmp_path: Path) -> None:
     assert made.facts.settings.target_modules == ("c_proj",)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     RECIPE.attach(fit(model, tmp_path, made), model)
-    changed = {n for n, v in model.state_dict().items() if not torch.equal(v, before[n])}
+    with folded(model):
+        changed = {n for n, v in model.state_dict().items() if not torch.equal(v, before[n])}
     assert {name.split(".", 3)[3] for name in changed} == {
         "attn.c_proj.weight",
         "mlp.c_proj.weight",

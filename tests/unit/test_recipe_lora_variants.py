@@ -23,7 +23,7 @@ from allograft.recipes.controls import null_packet
 from allograft.recipes.export import export_peft
 from allograft.recipes.frozen import draw_a
 from allograft.recipes.lora import PAYLOAD, LoraRecipe, changes_of
-from allograft.recipes.patch import has_attachments, make_dense
+from allograft.recipes.patch import folded, has_attachments, make_dense
 from allograft.recipes.plan import LoopPlan, LoraPlan, read_recipe_plan
 from allograft.recipes.snapshot import state_digest
 from allograft.recipes.stack import Stack
@@ -106,9 +106,10 @@ def test_peft_loads_exported_variants_and_merges_to_equal_weights(
     merged = theirs.merge_and_unload().state_dict()
     base = tiny_model(family).state_dict()
     changed = 0
-    for name, value in model.state_dict().items():
-        torch.testing.assert_close(value, merged[name], rtol=2e-6, atol=2e-6)
-        changed += not torch.equal(value, base[name])
+    with folded(model):
+        for name, value in model.state_dict().items():
+            torch.testing.assert_close(value, merged[name], rtol=2e-6, atol=2e-6)
+            changed += not torch.equal(value, base[name])
     assert changed == 4 * (4 if family == "gpt2" else 7)
 
 
@@ -342,7 +343,8 @@ def test_spectrum_is_that_of_the_weights_actual_difference(variant: str, tmp_pat
     figures = weigh_attachment(replace(attachment, dose=0.1), model)["mlp.down_proj"]
     before = {n: v.clone() for n, v in model.state_dict().items() if "down_proj" in n}
     RECIPE.attach(attachment, model)
-    changes = [model.state_dict()[n] - v for n, v in before.items()]
+    with folded(model):
+        changes = [model.state_dict()[n] - v for n, v in before.items()]
     sigma = max(float(torch.linalg.svdvals(change)[0]) for change in changes)
     assert figures.sigma == pytest.approx(sigma, rel=1e-3)
     frobenius = max(float(change.norm()) for change in changes)

@@ -57,7 +57,7 @@ from allograft.recipes.controls import starting_point
 from allograft.recipes.facts import ExpertFacts, check_statement
 from allograft.recipes.loop import SNAPSHOT, train
 from allograft.recipes.mixture import Expert, add_expert, remove_expert, set_expert_dose
-from allograft.recipes.patch import has_attachments
+from allograft.recipes.patch import folded, has_attachments
 from allograft.recipes.plan import ExpertPlan, LoopPlan, LoraPlan, OrganPlan
 from allograft.recipes.shortage import memory_errors
 from allograft.recipes.snapshot import load_model
@@ -312,11 +312,13 @@ def _make_whole(
     begun = starting_point(change, base)
     silent = {n: begun.get(n, torch.zeros_like(v)) for n, v in change.tensors.items()}
     handle = recipe.attach(replace(change, tensors=silent), base)
-    start = _copy_weights(base)
+    with folded(base):
+        start = _copy_weights(base)
     recipe.detach(handle)
     recipe.attach(change, base)
     shape, settings = describe_whole(base)
-    made = _copy_weights(base)
+    with folded(base):
+        made = _copy_weights(base)
     whole = replace(
         facts, shape=shape, carrier="whole", dtype=_dtype_name(base), settings=settings, inner={}
     )

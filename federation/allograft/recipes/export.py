@@ -34,7 +34,7 @@ from allograft.recipes.factors import unpack
 from allograft.recipes.facts import DeltaFacts, LoraFacts
 from allograft.recipes.lora import PAYLOAD, PREFIX, fold_dose
 from allograft.recipes.mixture import has_experts
-from allograft.recipes.patch import PROMPT_OWNER, has_attachments
+from allograft.recipes.patch import PROMPT_OWNER, folded, has_attachments
 from allograft.recipes.stack import Stack, stack_digest
 
 #: What is inside an export, written beside its weights.
@@ -63,7 +63,8 @@ def export_merged(
 ) -> None:
     """Write a model with its attachments as one snapshot for `from_pretrained`.
 
-    A prompt is no part of any weight and cannot be in a snapshot.
+    A prompt is no part of any weight and cannot be in a snapshot. Low-rank changes are folded into
+    the weights, so the snapshot's outputs differ from the model's by the rounding of its type.
 
     Args:
         stack: The model with attachments at their doses; all of them are in the stack.
@@ -87,7 +88,7 @@ def export_merged(
         raise RejectedError("AG-RCP-024", "a prompt stands before the text, not in the weights")
     if has_attachments(stack.model) and not stack.attachments:
         raise RejectedError("AG-RCP-024", "the model carries attachments that are not listed")
-    with _new_directory(directory) as temporary:
+    with _new_directory(directory) as temporary, folded(stack.model):
         stack.model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
         contents = describe_contents("merged", stack.attachments, source or Source())

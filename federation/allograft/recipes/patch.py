@@ -1,23 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Changes written into weights, and taken out again exactly.
+"""Changes of weights, and their undoing to the bit.
 
-A patched tensor remembers its original and every change on it, by owner. Its value is always
-original + the sum of the changes in the order of their owners' ids, so it depends on which
-attachments are on the model and not on the history; with none left the original bits return.
+A low-rank change of a linear module stands beside its weight: the module's output gains what the
+two factors make of its input. The weight is not touched, so attaching costs next to nothing, and
+undoing is taking the factors away. `folded` writes such changes into the weights for a while, for
+exports; a merged weight is rounded once more, in its own type, than the sum of two outputs.
 
-The sum is formed a few rows at a time: beside the weights, their originals and the attachments'
-own tensors, writing takes one block of rows in float32, never a dense change of a whole matrix.
+Every other change is written into the tensor, which remembers its original and every change on it,
+by owner. Its value is always original + the sum of the changes in the order of their owners' ids,
+so it depends on which attachments are on the model and not on the history; with none left the
+original bits return. The sum is formed a few rows at a time: beside the weights, their originals
+and the attachments' own tensors, writing takes one block of rows in float32, never a dense change
+of a whole matrix.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from allograft.errors import RejectedError
 from allograft.recipes.base import Attachment
@@ -26,9 +35,13 @@ from allograft.recipes.mixture import has_experts
 from allograft.recipes.shortage import memory_errors
 
 _PATCHES = "allograft_patches"
+_BESIDE = "allograft_beside"
 
 #: Set on a model's trunk while a prompt is on the model: the id of the attachment.
 PROMPT_OWNER = "allograft_prompt_owner"
+
+# A weight of either is multiplied with the input and nothing else; GPT-2's is stored transposed.
+_LINEAR = (nn.Linear, Conv1D)
 
 #: Entries of a block of rows, 16 MiB in float32.
 _BLOCK_ENTRIES = 1 << 22
@@ -76,6 +89,21 @@ class LowRank:
         del original
         left = self.left[first : first + len(rows)].to(rows.device, torch.float32)
         rows.addmm_(left, self.right.to(rows.device, torch.float32), alpha=self.scale)
+
+    def apply(self, inputs: torch.Tensor, transposed: bool) -> torch.Tensor:
+        """What the change adds to a linear module's output, [..., outputs].
+
+        Args:
+            inputs: The module's, [..., inputs].
+            transposed: Whether its weight is stored as [inputs, outputs].
+        """
+        if transposed:
+            return inputs @ self.left * self.scale @ self.right
+        return inputs @ self.right.T * self.scale @ self.left.T
+
+    def to(self, value: torch.Tensor) -> LowRank:
+        """The same in the place and type of the matrix; not a copy where it is already."""
+        return replace(self, left=self.left.to(value), right=self.right.to(value))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -127,55 +155,121 @@ class Rescaled:
 Place = tuple[nn.Module, str, Change]
 
 
-@dataclass(slots=True)
-class _Patches:
+@dataclass(slots=True, eq=False)
+class _Written:
+    """The changes in one parameter."""
+
+    module: nn.Module
+    name: str
     original: torch.Tensor
     changes: dict[str, Change] = field(default_factory=dict)
 
+    def put(self, owner: str, change: Change | None) -> None:
+        """Replace an owner's change, or take it out."""
+        if change is None:
+            self.changes.pop(owner, None)
+        else:
+            self.changes[owner] = change
+        _write(_parameter(self.module, self.name), self)
+        if not self.changes:
+            written = _written_in(self.module)
+            del written[self.name]
+            if not written:
+                delattr(self.module, _PATCHES)
+
+
+@dataclass(slots=True, eq=False)
+class _Beside:
+    """The low-rank changes beside one linear module's weight."""
+
+    module: nn.Module
+    hook: RemovableHandle
+    changes: dict[str, LowRank] = field(default_factory=dict)
+
+    def put(self, owner: str, change: LowRank | None) -> None:
+        """Replace an owner's change, or take it away."""
+        if change is None:
+            self.changes.pop(owner, None)
+        else:
+            self.changes[owner] = change.to(_parameter(self.module, "weight"))
+        if not self.changes:
+            self.hook.remove()
+            delattr(self.module, _BESIDE)
+
 
 def patch(places: Iterable[Place], owner: str) -> None:
-    """Add an owner's changes to parameters, or replace its earlier ones there: all or none.
+    """Put an owner's changes on parameters, or replace its earlier ones there: all or none.
 
     Raises:
         RejectedError: AG-RCP-003 if a change has another shape than its parameter.
         UnavailableError: AG-RCP-027 if memory runs out.
     """
-    done: list[tuple[nn.Module, str, Change | None]] = []
+    _patch(places, owner, beside=True)
+
+
+def _patch(places: Iterable[Place], owner: str, beside: bool) -> None:
+    undo: list[Callable[[], None]] = []
     try:
         with memory_errors("writing changes into weights"):
             for module, name, change in places:
-                value = _parameter(module, name)
-                if tuple(value.shape) != change.shape:
+                if tuple(_parameter(module, name).shape) != change.shape:
                     raise RejectedError("AG-RCP-003", "a change does not fit its tensor")
-                patched: dict[str, _Patches] = vars(module).setdefault(_PATCHES, {})
-                patches = patched.get(name) or _Patches(value.detach().clone())
-                patched[name] = patches
-                done.append((module, name, patches.changes.get(owner)))
-                patches.changes[owner] = change
-                _write(value, patches)
+                if beside and isinstance(change, LowRank) and isinstance(module, _LINEAR):
+                    aside = _ensure_beside(module)
+                    undo.append(partial(aside.put, owner, aside.changes.get(owner)))
+                    aside.put(owner, change)
+                else:
+                    written = _ensure_written(module, name)
+                    undo.append(partial(written.put, owner, written.changes.get(owner)))
+                    written.put(owner, change)
     except BaseException:
         # Memory may run out in the middle; the model must then be what it was.
-        for module, name, before in reversed(done):
-            _replace(module, name, owner, before)
+        for put_back in reversed(undo):
+            put_back()
         raise
 
 
 def unpatch(model: PreTrainedModel, owner: str) -> None:
-    """Take an owner's changes out, wherever they are.
+    """Take an owner's changes away, wherever they are.
 
     Raises:
         RejectedError: AG-RCP-023 if it has none.
     """
     places = [
-        (module, name)
+        place
         for module in model.modules()
-        for name, patches in _find(module).items()
-        if owner in patches.changes
+        for place in _changed_in(module)
+        if owner in place.changes
     ]
     if not places:
         raise RejectedError("AG-RCP-023", "the attachment is not on this model")
-    for module, name in places:
-        _replace(module, name, owner, None)
+    for place in places:
+        place.put(owner, None)
+
+
+@contextlib.contextmanager
+def folded(model: PreTrainedModel) -> Iterator[None]:
+    """Write the changes that stand beside weights into them, for the length of a block.
+
+    Raises:
+        UnavailableError: AG-RCP-027 if memory runs out.
+    """
+    found = [
+        (module, owner, change)
+        for module in model.modules()
+        for owner, change in changes_beside(module).items()
+    ]
+    moved: list[tuple[nn.Module, str, LowRank]] = []
+    try:
+        for module, owner, change in found:
+            _patch([(module, "weight", change)], owner, beside=False)
+            moved.append((module, owner, change))
+            _ensure_beside(module).put(owner, None)
+        yield
+    finally:
+        for module, owner, change in moved:
+            _ensure_beside(module).put(owner, change)
+            _written_in(module)["weight"].put(owner, None)
 
 
 class PatchHandle:
@@ -226,8 +320,13 @@ def has_patches(model: PreTrainedModel, owner: str) -> bool:
 
 def is_patched(module: nn.Module, owner: str | None = None) -> bool:
     """Whether a module carries a change (of this owner)."""
-    patched = _find(module).values()
-    return any(owner is None or owner in patches.changes for patches in patched)
+    return any(owner is None or owner in place.changes for place in _changed_in(module))
+
+
+def changes_beside(module: nn.Module) -> dict[str, LowRank]:
+    """The low-rank changes beside a module's weight, by owner; those written are not among them."""
+    beside: _Beside | None = vars(module).get(_BESIDE)
+    return {} if beside is None else {name: beside.changes[name] for name in sorted(beside.changes)}
 
 
 def matrix_shape(module: nn.Module, transposed: bool) -> tuple[int, int]:
@@ -238,7 +337,7 @@ def matrix_shape(module: nn.Module, transposed: bool) -> tuple[int, int]:
 
 def original_value(module: nn.Module, name: str = "weight") -> torch.Tensor:
     """A parameter of a module as it is without any change on it; not a copy."""
-    patches = _find(module).get(name)
+    patches = _written_in(module).get(name)
     return _parameter(module, name).detach() if patches is None else patches.original
 
 
@@ -273,27 +372,46 @@ def has_attachments(model: PreTrainedModel) -> bool:
     )
 
 
-def _find(module: nn.Module) -> dict[str, _Patches]:
-    found: dict[str, _Patches] = vars(module).get(_PATCHES, {})
+def _written_in(module: nn.Module) -> dict[str, _Written]:
+    """What is written into a module's parameters, by name."""
+    found: dict[str, _Written] = vars(module).get(_PATCHES, {})
     return found
 
 
-def _replace(module: nn.Module, name: str, owner: str, change: Change | None) -> None:
-    """Put back what an owner had at a place before, or nothing."""
-    patched = _find(module)
-    patches = patched[name]
-    if change is None:
-        del patches.changes[owner]
-    else:
-        patches.changes[owner] = change
-    _write(_parameter(module, name), patches)
-    if not patches.changes:
-        del patched[name]
-    if not patched:
-        delattr(module, _PATCHES)
+def _changed_in(module: nn.Module) -> list[_Written | _Beside]:
+    beside: _Beside | None = vars(module).get(_BESIDE)
+    return [*_written_in(module).values(), *([] if beside is None else [beside])]
 
 
-def _write(value: nn.Parameter, patches: _Patches) -> None:
+def _ensure_written(module: nn.Module, name: str) -> _Written:
+    written: dict[str, _Written] = vars(module).setdefault(_PATCHES, {})
+    if name not in written:
+        original = _parameter(module, name).detach().clone()
+        written[name] = _Written(module, name, original)
+    return written[name]
+
+
+def _ensure_beside(module: nn.Module) -> _Beside:
+    beside: _Beside | None = vars(module).get(_BESIDE)
+    if beside is None:
+        beside = _Beside(module, module.register_forward_hook(_add_beside))
+        vars(module)[_BESIDE] = beside
+    return beside
+
+
+def _add_beside(
+    module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
+) -> torch.Tensor:
+    # In the order of owners' ids, so that history does not show. Read from the module, not bound:
+    # a copy of the model has changes of its own.
+    for change in changes_beside(module).values():
+        # At dose 0 not even the rounding of a sum.
+        if change.scale != 0.0:
+            output = output + change.apply(inputs[0], isinstance(module, Conv1D))
+    return output
+
+
+def _write(value: nn.Parameter, patches: _Written) -> None:
     # A change at dose 0 adds nothing, not even the rounding of a sum.
     active = [patches.changes[owner] for owner in sorted(patches.changes)]
     active = [change for change in active if change.scale != 0.0]

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from allograft.crypto import canonical
 from allograft.errors import RejectedError
 from allograft.recipes.blocks import find_family, model_blocks, sides_of
+from allograft.recipes.patch import changes_beside
 
 
 def load_model(directory: Path, device: str = "cpu") -> PreTrainedModel:
@@ -74,8 +75,9 @@ def load_tokenizer(directory: Path) -> Any:
 def state_digest(model: PreTrainedModel) -> str:
     """SHA-256 over everything that decides what a model computes.
 
-    Covers each tensor's name, type, shape and bytes, each block's cache slot, what stands beside a
-    block, and the configuration. Two models with one digest give bit-equal logits on one machine.
+    Covers each tensor's name, type, shape and bytes, what stands beside a weight or a block, each
+    block's cache slot, and the configuration. Two models with one digest give bit-equal logits on
+    one machine.
     """
     whole = hashlib.sha256()
 
@@ -90,6 +92,11 @@ def state_digest(model: PreTrainedModel) -> str:
 
     for name, value in sorted(model.state_dict(keep_vars=True).items()):
         add(name, value)
+    for name, module in model.named_modules():
+        for owner, change in changes_beside(module).items():
+            whole.update(f"{owner}:{change.scale}\n".encode())
+            add(f"{name}.left", change.left)
+            add(f"{name}.right", change.right)
     for index, block in enumerate(model_blocks(model)):
         add_slots(index, block)
         for owner, side in sorted(sides_of(block).items()):
