@@ -11,6 +11,7 @@ from transformers import BertConfig, BertLMHeadModel
 
 from allograft.errors import RejectedError
 from allograft.recipes import blocks
+from allograft.recipes.attachment import is_finite
 from allograft.recipes.snapshot import load_model, load_tokenizer, state_digest
 from kit.tiny import FAMILIES, logits_of, tiny_model, write_model
 
@@ -125,3 +126,19 @@ def test_digest_covers_half_precision_and_inserted_blocks() -> None:
     blocks.insert_blocks(model, made, 0, 1, "organ-a")
     assert state_digest(model) != before
     assert all(value.dtype == torch.bfloat16 for value in made[0].parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_one_entry_that_is_not_finite_is_found_wherever_it_stands(
+    bad: float, dtype: torch.dtype
+) -> None:
+    value = torch.randn(37, 19).to(dtype)
+    assert is_finite(value)
+    for place in (0, 350, 702):
+        spoilt = value.clone()
+        spoilt.view(-1)[place] = bad
+        assert not is_finite(spoilt)
+        assert not is_finite(torch.nn.Parameter(spoilt))
+    assert is_finite(torch.zeros(0, 3, dtype=dtype))
+    assert is_finite(torch.tensor([0, 255], dtype=torch.uint8))

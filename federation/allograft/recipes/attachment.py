@@ -8,6 +8,7 @@ anything more, less or different is refused before a model is touched.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -63,9 +64,20 @@ def read_tensors(
     for name, value in tensors.items():
         if value.dtype != (others or {}).get(name, dtype):
             raise RejectedError("AG-RCP-003", f"tensor {name} has another type")
-        if not bool(torch.isfinite(value).all()):
+        if not is_finite(value):
             raise RejectedError("AG-RCP-003", f"tensor {name} holds values that are not finite")
     return tensors
+
+
+def is_finite(value: torch.Tensor) -> bool:
+    """Whether no entry is NaN or infinite.
+
+    By the extremes, which NaN passes through: one pass without temporaries, where `isfinite` took
+    sixteen times as long on bfloat16 and two copies of the tensor.
+    """
+    return value.numel() == 0 or all(
+        math.isfinite(float(end)) for end in torch.aminmax(value.detach())
+    )
 
 
 def attachment_digest(attachment: Attachment) -> str:

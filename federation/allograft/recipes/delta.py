@@ -26,7 +26,7 @@ from allograft.errors import RejectedError
 from allograft.packet.delta import EMBEDDING, HEAD, DeltaLayout, group_matrices
 from allograft.provenance.lineage import digest_weights
 from allograft.recipes import blocks as surgery, factors
-from allograft.recipes.attachment import DTYPES, read_tensors
+from allograft.recipes.attachment import DTYPES, is_finite, read_tensors
 from allograft.recipes.base import (
     Attachment,
     Declaration,
@@ -378,7 +378,7 @@ def _write_delta(
 ) -> Extract:
     """Cut, quantise and write changes, which are used up; figures are those of the result."""
     dtype = DTYPES[origin.dtype]
-    if not all(bool(torch.isfinite(change).all()) for change in changes.values()):
+    if not all(is_finite(change) for change in changes.values()):
         raise RejectedError("AG-RCP-033", "a change is not finite")
     shapes = {target: tuple(change.shape) for target, change in changes.items()}
     tensors = {

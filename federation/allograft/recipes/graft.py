@@ -26,7 +26,7 @@ from allograft.crypto import canonical
 from allograft.durable import durable_write
 from allograft.errors import RejectedError
 from allograft.recipes import blocks as surgery
-from allograft.recipes.attachment import DTYPES, read_tensors
+from allograft.recipes.attachment import DTYPES, is_finite, read_tensors
 from allograft.recipes.base import (
     Attachment,
     Declaration,
@@ -84,7 +84,7 @@ class ModuleGraftRecipe:
             changes, after, report = _train_modules(donor, plan, prompts)
         else:
             changes, after, report = *_compare_modules(donor, prompts), {}
-        if not all(bool(torch.isfinite(change).all()) for change in changes.values()):
+        if not all(is_finite(change) for change in changes.values()):
             raise RejectedError("AG-RCP-033", "a change is not finite")
         if not any(bool(change.any()) for change in changes.values()):
             raise RejectedError("AG-RCP-035", "no linear module changed")

@@ -28,7 +28,7 @@ from allograft.durable import durable_write
 from allograft.errors import RejectedError
 from allograft.packet.adapter import AdapterSettings
 from allograft.recipes import blocks as surgery
-from allograft.recipes.attachment import DTYPES, read_tensors
+from allograft.recipes.attachment import DTYPES, is_finite, read_tensors
 from allograft.recipes.base import (
     Attachment,
     Declaration,
@@ -273,7 +273,7 @@ def fold_dose(
         low_rank, transposed = change.low_rank, change.transposed
         folded = replace(low_rank, right=b.T) if transposed else replace(low_rank, left=b)
         lengths = whole * _row_lengths(original_value(module), transposed, folded)
-        if not bool(torch.isfinite(lengths).all()):
+        if not is_finite(lengths):
             raise RejectedError("AG-RCP-024", "an output of the adapter vanishes at this dose")
         tensors[f"{name}.lora_B.weight"] = b
         tensors[f"{name}.lora_magnitude_vector"] = lengths

@@ -43,8 +43,8 @@ PROMPT_OWNER = "allograft_prompt_owner"
 # A weight of either is multiplied with the input and nothing else; GPT-2's is stored transposed.
 _LINEAR = (nn.Linear, Conv1D)
 
-#: Entries of a block of rows, 16 MiB in float32.
-_BLOCK_ENTRIES = 1 << 22
+#: Entries of a block of rows, 4 MiB in float32: three are held at a time.
+_BLOCK_ENTRIES = 1 << 20
 
 
 class Change(Protocol):

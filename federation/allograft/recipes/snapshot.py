@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from allograft.crypto import canonical
 from allograft.errors import RejectedError
+from allograft.recipes.attachment import is_finite
 from allograft.recipes.blocks import find_family, model_blocks, sides_of
 from allograft.recipes.patch import changes_beside
 
@@ -52,7 +53,7 @@ def load_model(directory: Path, device: str = "cpu") -> PreTrainedModel:
     if gaps:
         raise RejectedError("AG-RCP-032", f"{gaps} of its tensors are missing or do not fit")
     find_family(model.config)
-    if not all(bool(torch.isfinite(value).all()) for value in model.parameters()):
+    if not all(is_finite(value) for value in model.parameters()):
         raise RejectedError("AG-RCP-032", "its weights hold values that are not finite")
     return model.to(device).eval()
 
