@@ -127,7 +127,7 @@ SIZES: dict[str, Size] = {
             steps=100,
             batch=8,
             window=128,
-            full_rates=(3e-4, 1e-3),
+            full_rates=(3e-4, 1e-3, 3e-3),
             amounts=Amounts(600_000, 2_400_000, 40, 80, 400),
         ),
         Size(

@@ -96,13 +96,14 @@ def plan_cells(
 def _training_controls(
     plan: MatrixPlan, chosen: Mapping[str, Task], sizes: Mapping[str, int], wrong: bool
 ) -> list[Task]:
-    """Controls that cost a training of their own."""
+    """Controls that cost a training of their own: for the first arm of each kind."""
     tasks = []
+    arms = {arm.kind: arm for arm in reversed(plan.arms)}.values()
     lora = next((arm for arm in plan.arms if arm.reference), None)
     for seed in range(plan.size.control_seeds):
         general = replace(chosen[ORACLE], name="general text, same steps", role=Role.CONTROL)
         tasks.append(replace(general, seed=seed, text="general"))
-        for arm in plan.arms:
+        for arm in arms:
             task = replace(chosen[arm.name], seed=seed)
             if wrong:
                 named = f"{arm.name}, wrong domain"
