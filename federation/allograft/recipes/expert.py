@@ -316,8 +316,8 @@ def _make_whole(
         start = _copy_weights(base)
     recipe.detach(handle)
     recipe.attach(change, base)
-    shape, settings = describe_whole(base)
     with folded(base):
+        shape, settings = describe_whole(base)
         made = _copy_weights(base)
     whole = replace(
         facts, shape=shape, carrier="whole", dtype=_dtype_name(base), settings=settings, inner={}

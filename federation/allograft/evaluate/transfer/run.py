@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -175,6 +176,9 @@ def _open_bench(lab: Lab) -> None:
 
 def _in_worker(work: Callable[[Bench, _T], None], item: _T) -> None:
     assert _bench is not None
+    parent = multiprocessing.parent_process()
+    if parent is not None and not parent.is_alive():
+        os._exit(1)  # it was killed, and what is left in the queue is nobody's any more
     work(_bench, item)
 
 
