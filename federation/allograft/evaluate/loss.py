@@ -67,8 +67,7 @@ def prepare(
     limit = min(scoring.window_tokens, context_tokens(model))
     windows: list[_Window] = []
     counts = []
-    for number, text in enumerate(texts):
-        ids = list(tokenizer.encode(text, verbose=False))
+    for number, ids in enumerate(encode_all(tokenizer, texts)):
         if len(ids) < 2:
             raise RejectedError("AG-EVA-001", "a document is empty")
         # Windows share one token: the last of one conditions the first of the next.
@@ -79,6 +78,12 @@ def prepare(
         counts.append(len(ids) - 1)
     batches = tuple(_batches(windows, scoring.batch_tokens))
     return Prepared(batches, tuple(counts), tuple(len(text.encode("utf-8")) for text in texts))
+
+
+def encode_all(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
+    """Tokens of several texts, each with the tokenizer's own special ones."""
+    # Together: of short texts most of the time is the call.
+    return list(tokenizer(list(texts), verbose=False)["input_ids"]) if texts else []
 
 
 def prepare_windows(windows: Windows, scoring: Scoring | None = None) -> Prepared:
@@ -190,11 +195,13 @@ def _batch_nats(model: Any, batch: Sequence[_Window]) -> list[float]:
 def _batch_losses(model: Any, batch: Sequence[_Window]) -> torch.Tensor:
     """Loss of each token of a batch in 64 bits, [windows, longest - 1]; 0 on padding."""
     ids, mask = pad_batch([window.tokens for window in batch], model.device)
-    logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+    # No attention mask: what is real never looks right, where padding stands, and without a mask
+    # attention takes its fast path.
+    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
     losses = torch.nn.functional.cross_entropy(
-        logits.float().transpose(1, 2), ids[:, 1:], reduction="none"
+        logits.float().flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
     )
-    return losses.double() * mask[:, 1:]
+    return losses.view(len(batch), -1).double() * mask[:, 1:]
 
 
 def pad_batch(

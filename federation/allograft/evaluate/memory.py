@@ -24,6 +24,7 @@ from allograft.evaluate.bootstrap import Losses
 from allograft.evaluate.loss import (
     Scoring,
     context_tokens,
+    encode_all,
     evaluating,
     measure,
     measure_tokens,
@@ -244,7 +245,7 @@ def suffix_logs(
             the model sees, AG-EVA-002 if the model's output is not finite.
     """
     limit = context_tokens(model)
-    rows = [_split_pair(tokenizer, prompt, suffix, limit) for prompt, suffix in pairs]
+    rows = _split_pairs(tokenizer, pairs, limit)
     logs = np.zeros(len(rows), dtype=np.float64)
     order = sorted(range(len(rows)), key=lambda index: len(rows[index][0]))
     with evaluating(model):
@@ -252,8 +253,8 @@ def suffix_logs(
             # The longest of those left decides how many fit.
             size = max(batch_tokens // len(rows[order[-1]][0]), 1)
             batch, order = order[-size:], order[:-size]
-            ids, mask = pad_batch([rows[index][0] for index in batch], model.device)
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1]
+            ids, _ = pad_batch([rows[index][0] for index in batch], model.device)
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
             chances = _log_chances(logits.float(), ids[:, 1:])
             for index, row in zip(batch, chances, strict=True):
                 tokens, begin = rows[index]
@@ -274,25 +275,19 @@ def sibling_logs(model: Any, tokenizer: Any, prompt: str, suffixes: Sequence[str
         RejectedError: AG-EVA-001 or -002 as `suffix_logs`.
     """
     limit = context_tokens(model)
-    rows = [_split_pair(tokenizer, prompt, suffix, limit) for suffix in suffixes]
+    rows = _split_pairs(tokenizer, [(prompt, suffix) for suffix in suffixes], limit)
     shared = _shared_prefix([tokens for tokens, _ in rows])
     shared = min([shared, *(begin for _, begin in rows), *(len(tokens) - 1 for tokens, _ in rows)])
     if shared < 1:
         # A prompt near the end of the context is cut at another place for each suffix.
         return suffix_logs(model, tokenizer, [(prompt, suffix) for suffix in suffixes])
-    rest, mask = pad_batch([tokens[shared:] for tokens, _ in rows], model.device)
+    rest, _ = pad_batch([tokens[shared:] for tokens, _ in rows], model.device)
     with evaluating(model):
         prefix = torch.tensor([rows[0][0][:shared]], device=model.device)
         read = model(input_ids=prefix, use_cache=True)
         cache = read.past_key_values
         cache.batch_repeat_interleave(len(rows))
-        seen = torch.ones((len(rows), shared), dtype=mask.dtype, device=model.device)
-        logits = model(
-            input_ids=rest,
-            attention_mask=torch.cat([seen, mask], dim=1),
-            use_cache=True,
-            **{_cache_name(model): cache},
-        ).logits
+        logits = model(input_ids=rest, use_cache=True, **{_cache_name(model): cache}).logits
     first = read.logits[:, -1:].expand(len(rows), -1, -1)
     chances = _log_chances(torch.cat([first, logits[:, :-1]], dim=1).float(), rest)
     logs = np.array(
@@ -318,13 +313,24 @@ def _shared_prefix(rows: Sequence[list[int]]) -> int:
     return next((i for i in range(length) if first[i] != last[i]), length)
 
 
-def _split_pair(tokenizer: Any, prompt: str, suffix: str, limit: int) -> tuple[list[int], int]:
-    """Tokens of a pair, cut at their start to fit, and where the suffix begins, at least 1."""
-    whole = list(tokenizer.encode(prompt + suffix, verbose=False))
+def _split_pairs(
+    tokenizer: Any, pairs: Sequence[tuple[str, str]], limit: int
+) -> list[tuple[list[int], int]]:
+    """Tokens of each pair, cut at their start to fit, and where its suffix begins, at least 1."""
+    prompts = list(dict.fromkeys(prompt for prompt, _ in pairs))
+    heads = dict(zip(prompts, encode_all(tokenizer, prompts), strict=True))
+    wholes = encode_all(tokenizer, [prompt + suffix for prompt, suffix in pairs])
+    return [
+        _split(heads[prompt], whole, limit)
+        for (prompt, _), whole in zip(pairs, wholes, strict=True)
+    ]
+
+
+def _split(head: list[int], whole: list[int], limit: int) -> tuple[list[int], int]:
     if len(whole) < 2:
         raise RejectedError("AG-EVA-001", "a prompt with its suffix has fewer than two tokens")
     begin = 0
-    for left, right in zip(tokenizer.encode(prompt, verbose=False), whole, strict=False):
+    for left, right in zip(head, whole, strict=False):
         if left != right:
             break
         begin += 1
