@@ -112,6 +112,16 @@ def test_a_copy_of_a_model_has_changes_of_its_own() -> None:
     assert torch.equal(logits_of(twin), logits_of(model))
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_changes_follow_a_model_to_another_type(family: str) -> None:
+    model = tiny_model(family)
+    patch(low_rank(model), "a")
+    before = logits_of(model)
+    torch.testing.assert_close(logits_of(model.double()), before.double(), rtol=1e-3, atol=1e-3)
+    unpatch(model, "a")
+    assert not has_attachments(model)
+
+
 def test_a_written_and_a_standing_change_of_one_matrix_add_up_in_any_order() -> None:
     model = tiny_model("gpt2")
     plain = state_digest(model)

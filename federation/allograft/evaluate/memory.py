@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
@@ -469,7 +469,7 @@ def compare_blindly(
 
 def _word_counts(texts: Sequence[str]) -> Numbers:
     """Log counts of the commonest words, rows of length 1 [texts, words]."""
-    counted = [Counter(_words(text)) for text in texts]
+    counted = [Counter(_WORD.findall(text.lower())) for text in texts]
     spread = Counter(word for words in counted for word in words)
     columns = {word: place for place, (word, _) in enumerate(spread.most_common(_BLIND_WORDS))}
     features = np.zeros((len(texts), max(len(columns), 1)), dtype=np.float64)
@@ -479,11 +479,6 @@ def _word_counts(texts: Sequence[str]) -> Numbers:
                 features[row, columns[word]] = np.log1p(count)
     norms = np.linalg.norm(features, axis=1, keepdims=True)
     return np.asarray(features / np.maximum(norms, 1e-12), dtype=np.float64)
-
-
-def _words(text: str) -> Iterator[str]:
-    for match in _WORD.finditer(text.lower()):
-        yield match.group()
 
 
 def _ridge_scores(features: Numbers, labels: Numbers, unseen: Numbers) -> Numbers:

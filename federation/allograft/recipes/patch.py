@@ -402,12 +402,19 @@ def _ensure_beside(module: nn.Module) -> _Beside:
 def _add_beside(
     module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor
 ) -> torch.Tensor:
-    # In the order of owners' ids, so that history does not show. Read from the module, not bound:
-    # a copy of the model has changes of its own.
-    for change in changes_beside(module).values():
+    # Read from the module, not bound: a copy of the model has changes of its own.
+    beside: _Beside = vars(module)[_BESIDE]
+    weight = _parameter(module, "weight")
+    # In the order of owners' ids, so that history does not show.
+    for owner in sorted(beside.changes):
+        change = beside.changes[owner]
         # At dose 0 not even the rounding of a sum.
-        if change.scale != 0.0:
-            output = output + change.apply(inputs[0], isinstance(module, Conv1D))
+        if change.scale == 0.0:
+            continue
+        if change.left.device != weight.device or change.left.dtype != weight.dtype:
+            # A pipeline moves a model to its device.
+            change = beside.changes[owner] = change.to(weight)
+        output = output + change.apply(inputs[0], isinstance(module, Conv1D))
     return output
 
 
