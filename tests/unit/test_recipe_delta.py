@@ -512,6 +512,12 @@ def test_an_interrupted_run_leaves_the_base_and_ends_as_if_it_had_not_been(tmp_p
     assert sorted(path.name for path in (tmp_path / "work").iterdir()) == [PAYLOAD]
 
 
+def test_training_does_not_pass_over_a_tuned_snapshot(tmp_path: Path) -> None:
+    donor = Donor(tiny_model("gpt2"), tiny_windows(), tmp_path, tuned=tiny_model("gpt2"))
+    with pytest.raises(RejectedError, match="AG-RCP-035"):
+        RECIPE.extract(donor, Plan(DeltaPlan(), LOOP))
+
+
 def test_the_null_has_the_norm_of_the_change_in_every_matrix(tmp_path: Path) -> None:
     model = tiny_model("gpt2")
     digest = state_digest(model)

@@ -92,9 +92,12 @@ class DeltaRecipe:
 
         Raises:
             RejectedError: AG-RCP-022 if the model already carries attachments, AG-RCP-035 for a bad
-                plan, and those of `train`.
+                plan or for a tuned snapshot, which `extract_difference` takes with the anchor that
+                its facts name; and those of `train`.
         """
         recipe = _check_plan(plan.recipe)
+        if donor.tuned is not None:
+            raise RejectedError("AG-RCP-035", "a delta of two snapshots is not trained")
         if has_attachments(donor.model):
             raise RejectedError("AG-RCP-022", "a delta is trained on the plain base")
         shape = surgery.describe_model(donor.model.config)
