@@ -187,7 +187,7 @@ def summarise(figures: Figures, seconds: float) -> list[Figure]:
     base = figures.zero_shot[0].recipient
     for arm in dict.fromkeys(arm for arm, _, _ in rows):
         full, gate = (rows.get((arm, base, each)) for each in ("full", "gate"))
-        name = arm.replace(" ", "_")
+        name = arm.replace(",", "").replace(" ", "_")
         if full is None or gate is None or full.recovery is None:
             continue
         target = _RECOVERY.get(arm, "")
