@@ -28,7 +28,11 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class Axes:
-    """Labels and size of a drawing. `log_x` needs x above 0; a name adds the series to a legend."""
+    """Labels and size of a drawing. `log_x` needs x above 0.
+
+    A series with a name stands in the legend, under the number beside its last point: colours
+    repeat after eight, and not everybody tells them apart.
+    """
 
     x_label: str
     y_label: str
@@ -71,12 +75,19 @@ def draw(series: Sequence[Series], axes: Axes) -> str:
     ]
     if across.low:
         words.append(_text(left, base + 16, low, "middle"))
+    taken: list[tuple[float, float]] = []
     for line, number in enumerate(named):
         y = axes.height + _LEGEND_LINE * line
         words.append(
             f'<rect x="{left}" y="{y - 8}" width="9" height="9" fill="{_colour(number)}"/>'
         )
-        words.append(_text(left + 14, y, series[number].name, "start"))
+        name = series[number].name
+        if len(named) > 1:
+            name = f"{line + 1}  {name}"
+            spot = _free_spot(place(*series[number].points[-1]), taken)
+            taken.append(spot)
+            words.append(_text(*spot, f"{line + 1}", "start"))
+        words.append(_text(left + 14, y, name, "start"))
     label = f"{axes.y_label} against {axes.x_label}"
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {axes.width} {bottom}" '
@@ -99,6 +110,16 @@ class _Scale:
 
     def share(self, value: float) -> float:
         return (value - self.low) / (self.high - self.low)
+
+
+def _free_spot(
+    point: tuple[float, float], taken: Sequence[tuple[float, float]]
+) -> tuple[float, float]:
+    """Where a number beside a point covers no other number: above those that are there."""
+    x, y = round(point[0] + 5, 1), round(point[1] + 4, 1)
+    while any(abs(x - other) < 13 and abs(y - above) < 10 for other, above in taken):
+        y = round(y - 10, 1)
+    return x, y
 
 
 def _scaled(x: float, log: bool) -> float:

@@ -39,3 +39,14 @@ def test_names_and_labels_are_escaped() -> None:
 
 def test_a_single_value_draws() -> None:
     assert len(circles(draw([Series([(0, 0)])], Axes("x", "y")))) == 1
+
+
+def test_numbers_name_the_series_and_never_lie_on_each_other() -> None:
+    same = [Series([(1, 1)], name) for name in ("one", "two", "three")]
+    drawing = ElementTree.fromstring(draw(same, Axes("x", "y")))
+    words = {each.text: each for each in drawing.iter(f"{SPACE}text")}
+    spots = [(words[n].attrib["x"], float(words[n].attrib["y"])) for n in ("1", "2", "3")]
+    assert len({x for x, _ in spots}) == 1
+    heights = sorted(y for _, y in spots)
+    assert min(b - a for a, b in zip(heights, heights[1:], strict=False)) >= 10
+    assert {"1  one", "2  two", "3  three"} <= set(words)

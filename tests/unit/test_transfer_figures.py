@@ -228,5 +228,5 @@ def test_the_benchmark_holds_each_recipe_against_its_promise() -> None:
 
 def test_plots_name_what_they_show() -> None:
     found = figures()
-    assert "lora r8 on base" in plot_doses(found)
-    assert "full fine-tuning" in plot_bytes(found)
+    assert "lora r8<" in plot_doses(found)
+    assert "full fine-tuning<" in plot_bytes(found)
