@@ -34,6 +34,9 @@ class Numbers:
     def encode(self, text: str, **_: object) -> list[int]:
         return [int(word) for word in text.split()]
 
+    def __call__(self, texts: list[str], **_: object) -> dict[str, list[list[int]]]:
+        return {"input_ids": [self.encode(text) for text in texts]}
+
     def decode(self, tokens: list[int], **_: object) -> str:
         return " ".join(map(str, tokens))
 

@@ -338,8 +338,8 @@ def test_trial_judges_an_expert_like_any_packet(tmp_path: Path) -> None:
     class Numbers:
         """Texts are numbers with spaces between."""
 
-        def encode(self, text: str, verbose: bool = False) -> list[int]:
-            return [int(word) for word in text.split()]
+        def __call__(self, texts: list[str], verbose: bool) -> dict[str, list[list[int]]]:
+            return {"input_ids": [[int(word) for word in text.split()] for text in texts]}
 
     def texts(seed: int) -> list[str]:
         rows = tiny_windows(80, seed=seed).tokens.tolist()
