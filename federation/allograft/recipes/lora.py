@@ -5,8 +5,9 @@ PEFT trains the adapter; the payload is the file `PeftModel.from_pretrained` rea
 configuration that each recipient rebuilds from the signed facts. Attaching does not go through
 PEFT: it keys adapters by block index, and after an organ has been inserted an index means another
 block, without any error. Here block n is the base's own block n, whatever stands around it, and
-the change is written into the weight, so the model stays a stock one. With a frozen A the file
-holds the B matrices alone, and each side draws A for itself (see `frozen`).
+the two factors stand beside its weight (see `patch`); DoRA's change, which no two factors make, is
+written into it. With a frozen A the file holds the B matrices alone, and each side draws A for
+itself (see `frozen`).
 """
 
 from __future__ import annotations
@@ -119,7 +120,7 @@ class LoraRecipe:
         return Attachment(self.kind, payload.packet_id, facts, tensors | drawn)
 
     def attach(self, attachment: Attachment, model: PreTrainedModel) -> PatchHandle:
-        """Write an adapter's changes into the base's own blocks at its dose.
+        """Put an adapter's changes on the base's own blocks at its dose.
 
         Raises:
             RejectedError: AG-RCP-010 for another model, AG-RCP-021 for a bad dose, AG-RCP-023 if
@@ -130,7 +131,7 @@ class LoraRecipe:
         return PatchHandle(attachment, model, _places)
 
     def detach(self, handle: PatchHandle) -> None:
-        """Take an adapter's changes out of the weights.
+        """Take an adapter's changes away.
 
         Raises:
             RejectedError: AG-RCP-023 if it is not attached.
