@@ -112,9 +112,10 @@ def publish(
     ]
     row = "| " + " | ".join(str(cell).replace("|", "/") for cell in cells) + " |"
     lines = table.read_text(encoding="utf-8").splitlines()
-    # Below the table stand words about its rows.
-    last = max(number for number, line in enumerate(lines) if line.startswith("|"))
-    table.write_text("\n".join([*lines[: last + 1], row, *lines[last + 1 :], ""]), "utf-8")
+    # Below the table stand words about its rows, and tables of their own.
+    rule = next(number for number, line in enumerate(lines) if line.startswith("|---"))
+    after = next((n for n in range(rule, len(lines)) if not lines[n].startswith("|")), len(lines))
+    table.write_text("\n".join([*lines[:after], row, *lines[after:], ""]), "utf-8")
 
 
 def describe_machine() -> str:

@@ -24,11 +24,11 @@ def test_a_row_goes_into_the_table_and_not_below_the_words_about_it(tmp_path):
     options = report.parse_options("", ["--json"])
     report.publish("sample", FIGURES, options, tmp_path)
     with (tmp_path / "RESULTS.md").open("a") as handle:
-        handle.write("\nWords about the rows.\n")
+        handle.write("\nWords about the rows.\n\n| with | a table |\n")
     report.publish("other", FIGURES, options, tmp_path)
     lines = (tmp_path / "RESULTS.md").read_text().splitlines()
-    assert "| other |" in lines[-3]
-    assert lines[-2:] == ["", "Words about the rows."]
+    assert "| other |" in lines[-5]
+    assert lines[-4:] == ["", "Words about the rows.", "", "| with | a table |"]
 
 
 def test_quick_run_prints_and_keeps_nothing(tmp_path, capsys):
